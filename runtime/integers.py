@@ -1,0 +1,75 @@
+"""Sums of int64 arrays that are exact whatever the order, or an error (docs/arithmetic.md, gradients)."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from storage.errors import FailureError
+
+LIMIT = 2**63
+
+
+class ExactSum:
+    """A flat int64 sum modulo 2**64, with what it takes to tell whether the true sum fits.
+
+    `bound` is the sum of the parts' largest magnitudes. While it is below 2**63 no element can have left the range, and
+    nothing more is kept. From there on `carry` counts the wraps of each element, so the verdict is a property of
+    the total and never of the order in which parts arrived.
+    """
+
+    __slots__ = ("bound", "carry", "value")
+
+    def __init__(self, value: np.ndarray, *, bound: int | None = None, carry: np.ndarray | None = None) -> None:
+        self.value = value
+        self.bound = _magnitude(value) if bound is None else bound
+        self.carry = carry
+
+    @classmethod
+    def zeros(cls, size: int) -> "ExactSum":
+        """A sum of nothing, of `size` elements."""
+        return cls(np.zeros(size, np.int64), bound=0)
+
+    def add(self, part: "ExactSum") -> None:
+        """Add another sum of the same size in place; `part` is left as it is."""
+        self.bound += part.bound
+        if self.bound < LIMIT:
+            self.value += part.value
+            return
+        before = self.value
+        self.value = before + part.value
+        wrapped = _negative(before ^ self.value) & _negative(part.value ^ self.value)
+        carry = np.where(wrapped, np.where(part.value < 0, -1, 1), 0)
+        for known in (self.carry, part.carry):
+            carry = carry if known is None else carry + known
+        self.carry = carry
+
+    def part(self, span: slice) -> "ExactSum":
+        """The sum over a range of elements: a view, to be read only."""
+        return ExactSum(self.value[span], bound=self.bound, carry=None if self.carry is None else self.carry[span])
+
+    def total(self) -> np.ndarray:
+        """The true sum; FailureError naming the first element whose magnitude reaches 2**63 (a gradient of 2**19)."""
+        if self.carry is not None:
+            outside = np.flatnonzero((self.carry != 0) | (self.value == -LIMIT))
+            if outside.size:
+                raise FailureError(
+                    f"gradient overflow at element {outside[0]}: expected a sum below 2^19 in magnitude; lower the "
+                    f"recipe's learning rate or scale of the loss and start a new run"
+                )
+        return self.value
+
+
+def sum_exactly(parts: Iterable[ExactSum], size: int) -> ExactSum:
+    """The sum of the parts, each of `size` elements."""
+    total = ExactSum.zeros(size)
+    for part in parts:
+        total.add(part)
+    return total
+
+
+def _magnitude(value: np.ndarray) -> int:
+    return max(int(value.max()), -int(value.min())) if value.size else 0
+
+
+def _negative(value: np.ndarray) -> np.ndarray:
+    return value < 0
