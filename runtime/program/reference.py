@@ -1,0 +1,288 @@
+"""The reference executor: the executable specification, one primitive at a time in plain torch, on CPU or CUDA.
+
+Each meaning uses only torch operations that are correctly rounded or exact. `prove` holds them against numpy and the
+hardware before an executor trusts its device: torch's own `sqrt`, for one, is an ulp off on one input in six.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from runtime.program.executor import ArithmeticFault, Observer
+from runtime.program.program import Program
+from runtime.program.types import NUMPY
+from storage.errors import FailureError
+
+Tensor = torch.Tensor
+Meaning = Callable[..., Tensor]
+
+TORCH: Mapping[str, torch.dtype] = {
+    "f32": torch.float32,
+    "i8": torch.int8,
+    "i32": torch.int32,
+    "i64": torch.int64,
+    "bool": torch.bool,
+}
+EXACT_TERMS = 4096
+"""A float32 product of digits within +-64 is exact up to this many terms: 64 * 64 * 4096 = 2^24."""
+
+
+class Refused(Exception):  # noqa: N818 - becomes an ArithmeticFault where the operator's number is known
+    """A meaning met a value outside its domain."""
+
+    def __init__(self, reason: str, values: Tensor, bad: Tensor) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.element = int(bad.reshape(-1).to(torch.int8).argmax())
+        self.value = float(values.reshape(-1)[self.element])
+
+
+@lru_cache(maxsize=4096)
+def _literal(dtype: str, bits: int, device: str) -> Tensor:
+    array = np.array(bits, dtype=np.uint32).view(np.float32) if dtype == "f32" else np.array(bits, dtype=NUMPY[dtype])
+    return torch.from_numpy(array.reshape(1)).reshape(()).to(device)
+
+
+def _power(p: Tensor) -> Tensor:
+    """2^p for -126 <= p <= 127, from bits (torch.ldexp computes a power and may be an ulp off)."""
+    return ((p + 127) << 23).view(torch.float32)
+
+
+def _compact(t: Tensor) -> Tensor:
+    """The tensor with repeated (stride 0) axes reduced to size 1: the same values under broadcasting."""
+    for axis, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            t = t.narrow(axis, 0, 1)
+    return t
+
+
+def _scale(x: Tensor, p: Tensor) -> Tensor:
+    p = _compact(p)
+    p = p.clamp(-252, 254)
+    first = p.clamp(-126, 127)
+    y = x * _power(first)
+    rest = p - first
+    return y * _power(rest) if bool(rest.any()) else y
+
+
+def _rint(x: Tensor, dtype: str, bound: int) -> Tensor:
+    r = torch.round(x)
+    if r.numel():
+        low, high = torch.aminmax(r)
+        if not (bool(low > -(2.0**bound)) and bool(high < 2.0**bound)):
+            raise Refused(f"expected |x| < 2^{bound}", x, ~(r.abs() < 2.0**bound))
+    return r.to(TORCH[dtype])
+
+
+def _sum(x: Tensor, axes: Sequence[int]) -> Tensor:
+    return x.sum(dim=tuple(axes), dtype=torch.int64) if axes else x.to(torch.int64)
+
+
+def _max(x: Tensor, axes: Sequence[int]) -> Tensor:
+    return x.amax(dim=tuple(axes)) if axes else x
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    pieces = range(0, max(a.shape[-1], 1), EXACT_TERMS)
+    total: Tensor | None = None
+    for i in pieces:
+        part = torch.matmul(a[..., i : i + EXACT_TERMS].float(), b[..., i : i + EXACT_TERMS, :].float())
+        part = part.to(torch.int32)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _rows_inside(index: Tensor, rows: int) -> None:
+    bad = (index < 0) | (index >= rows)
+    if bool(bad.any()):
+        raise Refused(f"expected an index in [0, {rows})", index, bad)
+
+
+def _take(data: Tensor, index: Tensor) -> Tensor:
+    _rows_inside(index, data.shape[0])
+    return data[index]
+
+
+def _scatter_add(index: Tensor, updates: Tensor, rows: int) -> Tensor:
+    _rows_inside(index, rows)
+    zeros = torch.zeros((rows, *updates.shape[1:]), dtype=torch.int64, device=updates.device)
+    return zeros.index_add_(0, index, updates)
+
+
+def _slice(x: Tensor, axis: int, start: int, stop: int, step: int) -> Tensor:
+    return x[(*(slice(None),) * axis, slice(start, stop, step))]
+
+
+MEANING: Mapping[str, Meaning] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    # float64's root, even an ulp off, cannot lie across a binary32 rounding boundary: no root of a binary32 comes
+    # within 2^-51 of a midpoint
+    "sqrt": lambda x: torch.sqrt(x.to(torch.float64)).to(torch.float32),
+    "scale": _scale,
+    "and": torch.bitwise_and,
+    "or": torch.bitwise_or,
+    "xor": torch.bitwise_xor,
+    "shl": lambda x, amount: x << amount,
+    "shr": lambda x, amount: x >> amount,
+    "eq": torch.eq,
+    "lt": torch.lt,
+    "le": torch.le,
+    "select": torch.where,
+    "rint": _rint,
+    "float": lambda x: x.to(torch.float32),
+    "cast": lambda x, dtype: x.to(TORCH[dtype]),
+    "digit": lambda x: x.clamp(-64, 64).to(torch.int8),
+    "bitcast": lambda x, dtype: x.view(TORCH[dtype]),
+    "sum": _sum,
+    "max": _max,
+    "dot": _dot,
+    "take": _take,
+    "scatter_add": _scatter_add,
+    "reshape": lambda x, shape: x.reshape(tuple(shape)),
+    "transpose": lambda x, order: x.permute(tuple(order)),
+    "slice": _slice,
+    "concat": lambda *xs, axis: torch.cat(xs, dim=axis),
+    "broadcast": lambda x, shape: x.expand(tuple(shape)),
+}
+"""The reference column of the operator table; `literal`, `constant` and `iota` are sources and made by the executor."""
+
+
+class ReferenceExecutor:
+    """Runs Programs one primitive at a time. Handles are torch tensors on `device`.
+
+    `profile`, where given, collects seconds by operator name.
+    """
+
+    def __init__(self, device: str = "cpu", profile: dict[str, float] | None = None) -> None:
+        prove(device)
+        self._device = device
+        self._profile = profile
+        self._constants: dict[bytes, Tensor] = {}
+
+    def put(self, array: np.ndarray) -> Tensor:
+        """The array on the device (shared with numpy on CPU)."""
+        array = np.ascontiguousarray(array)
+        if not array.flags.writeable:  # torch would warn; nothing here writes into its inputs
+            array = array.copy()
+        return torch.from_numpy(array).to(self._device)
+
+    def get(self, handle: Tensor) -> np.ndarray:
+        """The array of a handle, contiguous, NaN as 0x7fc00000."""
+        array: np.ndarray = handle.contiguous().cpu().numpy()
+        if array.dtype == np.float32 and np.isnan(array).any():
+            array = np.where(np.isnan(array), np.uint32(0x7FC00000), array.view(np.uint32)).view(np.float32)
+        return array
+
+    def run(self, program: Program, inputs: Sequence[Tensor], observe: Observer | None = None) -> list[Tensor]:
+        """The program's outputs, each operator's output shown to `observe` in order."""
+        self._check(program, inputs)
+        values: dict[int, Tensor] = dict(enumerate(inputs))
+        first = len(inputs)
+        with torch.inference_mode():
+            for number, op in enumerate(program.ops):
+                started = time.perf_counter() if self._profile is not None else 0.0
+                try:
+                    values[first + number] = self._apply(
+                        program, op.name, op.attributes, [values[i] for i in op.inputs]
+                    )
+                except Refused as refusal:
+                    raise ArithmeticFault(
+                        operator=number, opcode=op.name, label=op.label,
+                        element=refusal.element, value=refusal.value, reason=refusal.reason,
+                    ) from None  # fmt: skip
+                if self._profile is not None:
+                    spent = time.perf_counter() - started
+                    self._profile[op.name] = self._profile.get(op.name, 0.0) + spent
+                if observe is not None:
+                    observe(number, self.get(values[first + number]))
+                for dead in program.last_use[number]:
+                    del values[dead]
+        return [values[i] for i in program.outputs]
+
+    def _check(self, program: Program, inputs: Sequence[Tensor]) -> None:
+        if len(inputs) != len(program.inputs):
+            raise ValueError(f"the program takes {len(program.inputs)} inputs, got {len(inputs)}")
+        for (name, t), tensor in zip(program.inputs, inputs, strict=True):
+            if tensor.dtype != TORCH[t.dtype] or tuple(tensor.shape) != t.shape:
+                raise ValueError(f"input {name!r}: expected {t}, got {tensor.dtype} {list(tensor.shape)}")
+
+    def _apply(self, program: Program, name: str, attributes: Mapping[str, Any], operands: list[Tensor]) -> Tensor:
+        if name == "literal":
+            return _literal(attributes["dtype"], attributes["bits"], self._device)
+        if name == "iota":
+            return torch.arange(attributes["size"], dtype=torch.int64, device=self._device)
+        if name == "constant":
+            return self._constant(program, attributes)
+        return MEANING[name](*operands, **attributes)
+
+    def _constant(self, program: Program, attributes: Mapping[str, Any]) -> Tensor:
+        digest: bytes = attributes["digest"]
+        if digest not in self._constants:
+            array = np.frombuffer(program.constants[digest], dtype=NUMPY[attributes["dtype"]].newbyteorder("<"))
+            self._constants[digest] = torch.from_numpy(array.copy()).to(self._device)
+        return self._constants[digest].reshape(tuple(attributes["shape"]))
+
+
+def _vectors() -> tuple[np.ndarray, np.ndarray]:
+    """Two f32 arrays of random bit patterns and the values that broke others; large enough for all threads."""
+    source = np.random.Generator(np.random.Philox(7))
+    a, b = (source.integers(0, 2**32, 65536, dtype=np.uint32).view(np.float32).copy() for _ in range(2))
+    special = np.array(
+        [0.0, -0.0, 1.0, -1.0, 2**-126, 2**-149, -(2**-149), 3.4028235e38, np.inf, -np.inf, np.nan, 0.5, 1.5, 2.5, 3.0],
+        dtype=np.float32,
+    )
+    pairs = np.array(np.meshgrid(special, special)).reshape(2, -1)
+    a[: pairs.shape[1]], b[: pairs.shape[1]] = pairs
+    return a, b
+
+
+@cache
+def prove(device: str) -> None:
+    """Returns where every floating-point primitive has numpy's bytes on `device`; FailureError names the first without.
+
+    numpy's elementwise binary32 operations are the processor's own instructions; the digit product is held against
+    int64 sums at the largest K that one float32 product takes.
+    """
+    a, b = _vectors()
+    ta, tb = (torch.from_numpy(x).to(device) for x in (a, b))
+    integers = np.random.Generator(np.random.Philox(8)).integers(-(2**63), 2**63 - 1, 65536)
+    ti = torch.from_numpy(integers).to(device)
+    with np.errstate(all="ignore"):
+        expected = {
+            "add": (a + b, MEANING["add"](ta, tb)),
+            "sub": (a - b, MEANING["sub"](ta, tb)),
+            "mul": (a * b, MEANING["mul"](ta, tb)),
+            "div": (a / b, MEANING["div"](ta, tb)),
+            "sqrt": (np.sqrt(a), MEANING["sqrt"](ta)),
+            "round": (np.rint(a), torch.round(ta)),
+            "float": (integers.astype(np.float32), MEANING["float"](ti)),
+            "mul of i64": (integers * integers, MEANING["mul"](ti, ti)),
+            "shl of i64": (integers << 5, MEANING["shl"](ti, 5)),
+        }
+    digits = np.random.Generator(np.random.Philox(9)).integers(-64, 65, (2, 48, EXACT_TERMS)).astype(np.int8)
+    digits[:, 0], digits[0, 1], digits[1, 1] = 64, 64, -64
+    td = torch.from_numpy(digits).to(device)
+    product = digits[0].astype(np.int64) @ digits[1].astype(np.int64).T
+    expected["dot"] = (product.astype(np.int32), MEANING["dot"](td[0], td[1].T))
+    for name, (want, made) in expected.items():
+        got = made.cpu().numpy()
+        wrong = ~((want == got) | ((want != want) & (got != got)))
+        if want.dtype == np.float32:
+            wrong |= (want == 0) & (np.signbit(want) != np.signbit(got))
+        if wrong.any():
+            i = int(wrong.reshape(-1).argmax())
+            raise FailureError(
+                f"the device {device!r} does not compute {name!r} exactly: element {i} of the test vector, "
+                f"expected {want.reshape(-1)[i]!r}, got {got.reshape(-1)[i]!r}. "
+                "Use another device, or a torch build without fast-math and flushed subnormals"
+            )
