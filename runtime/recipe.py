@@ -165,6 +165,9 @@ class ArithmeticConfig(Section):
     slices: int = field(
         default=2, metadata=about("7-bit slices of a matrix product's operands: 2 is 13 bits, 3 is 20", choices=(2, 3))
     )
+    head_slices: int = field(
+        default=3, metadata=about("the same in the last block, whose gradient rows mix sizes most", choices=(2, 3))
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

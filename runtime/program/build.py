@@ -89,7 +89,7 @@ def build_training_program(recipe: Recipe, data: Data, progress: Progress = sile
     example, target = _example(recipe, data)
     kinds, places, output = _lower_chain(recipe, chain, example, programs, max(uses.values()), progress)
     terms = max(recipe.training.micro_batches, recipe.training.validation_batches)
-    keywords: dict[str, Any] = {"terms": terms, "slices": recipe.arithmetic.slices}
+    keywords: dict[str, Any] = {"terms": terms, "slices": recipe.arithmetic.head_slices}
     blocks = tuple(
         BlockSpec(kind=kind, tensors=tuple(local.values())) for kind, local in zip(places, names, strict=True)
     )
@@ -126,12 +126,13 @@ def _lower_chain(
     known: dict[Any, tuple[int, Tensor]] = {}
     for index, block in enumerate(chain.blocks):
         progress("lowering", index / len(chain.blocks))
-        key = structure(block, example)
+        slices = recipe.arithmetic.head_slices if index == len(chain.blocks) - 1 else recipe.arithmetic.slices
+        key = (structure(block, example), slices)
         if key not in known:
             made, output = lower_block(
                 block,
                 example,
-                slices=recipe.arithmetic.slices,
+                slices=slices,
                 terms=recipe.training.micro_batches * uses,
                 name=f"block {index} ({type(block).__name__})",
             )
@@ -152,7 +153,7 @@ def structure(block: nn.Module, example: Tensor) -> Any:
     )
     parameters = tuple((name, tuple(p.shape)) for name, p in block.named_parameters(remove_duplicate=False))
     buffers = tuple(
-        (name, tuple(b.shape), merkle.bytes_root(np.ascontiguousarray(b.numpy()).data))
+        (name, b.dtype, tuple(b.shape), merkle.bytes_root(np.ascontiguousarray(b.numpy()).data))
         for name, b in block.named_buffers()
     )
     opaque = tuple(
@@ -166,6 +167,14 @@ def _tensors(
 ) -> tuple[TensorSpec, ...]:
     parameters, decay, initial = named_parameters(blocks), decayed(blocks), initialisers(blocks)
     updates: dict[tuple[int, bool], Program] = {}
+    initials: dict[tuple[int, Init], Program] = {}
+
+    def start(n: int, kind: Init, values: np.ndarray) -> Program:
+        if kind.kind == "given":
+            return initial_program(n, kind, values)
+        if (n, kind) not in initials:
+            initials[n, kind] = initial_program(n, kind, values)
+        return initials[n, kind]
 
     def update(n: int, decays: bool) -> Program:
         if (n, decays) not in updates:
@@ -189,7 +198,7 @@ def _tensors(
                 name=name,
                 shape=values.shape,
                 decay=decay[name],
-                initial=programs.sized(lengths, lambda n, i=initial[name], v=values: initial_program(n, i, v)),  # type: ignore[misc]
+                initial=programs.sized(lengths, lambda n, i=initial[name], v=values: start(n, i, v)),  # type: ignore[misc]
                 update=programs.sized(lengths, lambda n, d=decay[name]: update(n, d)),  # type: ignore[misc]
             )
         )

@@ -73,7 +73,10 @@ def _type_record(t: Type) -> TypeRecord:
 def _type(record: TypeRecord) -> Type:
     if record.dtype >= len(DTYPES):
         raise OperatorError(f"element type {record.dtype}: expected below {len(DTYPES)}")
-    return Type(DTYPES[record.dtype], record.shape)
+    try:
+        return Type(DTYPES[record.dtype], record.shape)
+    except ValueError as error:
+        raise OperatorError(str(error)) from None
 
 
 def _pack(name: str, attributes: Mapping[str, Any]) -> bytes:

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,9 @@ KEPT = ("embedding_dense_backward", "select_backward", "slice_backward")
 
 BACKWARD = "<backward>"
 """Stands for the module while gradients are traced."""
+
+
+TORCH = str(Path(torch.__file__).parent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +86,10 @@ class _SourceMode(TorchFunctionMode):
         if fx_traceback.current_meta.get("custom") == {"module": BACKWARD}:
             return func(*args, **(kwargs or {}))
         frame: Any = sys._getframe(1)
-        while frame is not None and "/torch/" in frame.f_code.co_filename:
+        while frame is not None and frame.f_code.co_filename.startswith(TORCH):
             frame = frame.f_back
-        line = f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
+        known = frame is not None and frame.f_code.co_filename != __file__
+        line = f"{frame.f_code.co_filename}:{frame.f_lineno}" if known else ""
         path = self._path[-1] if self._path else ""
         fx_traceback.current_meta["custom"] = {"module": path, "line": line}
         return func(*args, **(kwargs or {}))
@@ -99,12 +105,33 @@ def _sources(module: nn.Module) -> Iterator[None]:
         mode.remove()
 
 
+@cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Torch's own, down to the core operators; making the table takes as long as tracing a layer."""
+    table = dict(core_aten_decompositions())
+    return {k: v for k, v in table.items() if not any(name in str(k) for name in KEPT)}
+
+
+@contextmanager
+def _traceable(name: str) -> Iterator[None]:
+    """Turns torch's refusals of a model into the submitter's UsageError."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(
+            f"{name}: expected a model that torch can trace for this input, got {type(error).__name__}: {reason}; let "
+            "no shape or branch depend on values, register tensors that are not parameters as buffers, and keep no "
+            "running statistics (track_running_stats=False)"
+        ) from error
+
+
 def trace(function: Callable[..., Any], arguments: Sequence[Any], module: nn.Module) -> fx.Graph:
     """The core ATen graph of a function of tensors, without in-place operators; no arithmetic is done."""
-    decompositions = dict(core_aten_decompositions())
-    table = {k: v for k, v in decompositions.items() if not any(name in str(k) for name in KEPT)}
     with sdpa_kernel(SDPBackend.MATH), _sources(module):
-        made = make_fx(functionalize(function, remove="mutations"), decomposition_table=table, tracing_mode="fake")
+        made = make_fx(
+            functionalize(function, remove="mutations"), decomposition_table=_decompositions(), tracing_mode="fake"
+        )
         return made(*arguments).graph
 
 
@@ -160,7 +187,7 @@ class Lowering:
         where = f"module {source.module or 'itself'!r} of {self._name}"
         return UsageError(
             f"ATen operator {operator!r} {why} (in {where}{', at ' + source.line if source.line else ''}). "
-            "Rewrite that line with supported operators, or add a rule to runtime/program/aten.py"
+            "Rewrite that line with supported operators, or add a rule to runtime/program/aten/"
         )
 
 
@@ -246,10 +273,11 @@ def lower_block(
     """The Programs of one block for inputs like `example`, and an output with the shape that the next block gets.
 
     `terms` is how many of its gradients may be added exactly: micro-batches times the blocks that share a tensor.
-    Traced twice, training and evaluating; without dropout both give one forward.
+    Traced twice, training and evaluating: dropout is the difference, and only `forward` takes random words.
     """
-    training = _trace_block(block.train(), example, name)
-    evaluating = _trace_block(block.eval(), example, name)
+    with _traceable(name):
+        training = _trace_block(block.train(), example, name)
+        evaluating = _trace_block(block.eval(), example, name)
     block.train()
     first = 2 if training.differentiable else 1
 
@@ -283,7 +311,8 @@ def lower_loss(
         fx_traceback.current_meta["custom"] = {"module": BACKWARD}
         return [value, *pull(torch.ones(()))]
 
-    graph = trace(step, (output, target), module)
+    with _traceable("the loss"):
+        graph = trace(step, (output, target), module)
     b = Builder()
     y, t = b.input("y", "f32", *output.shape), b.input("target", "i64", *target.shape)
     value, dy = Lowering(b, slices=slices, name="the loss", rng=None).lower(graph, [y, t])
@@ -300,7 +329,8 @@ def lower_metric(
     slices: int,
 ) -> Program:
     """metric(y, target) -> (mean loss on the grid, hits, count), all i64 scalars."""
-    graph = trace(lambda y, t: [loss(y, t), hits(y, t)], (output, target), nn.Identity())
+    with _traceable("the metric"):
+        graph = trace(lambda y, t: [loss(y, t), hits(y, t)], (output, target), nn.Identity())
     b = Builder()
     y, t = b.input("y", "f32", *output.shape), b.input("target", "i64", *target.shape)
     value, hit = Lowering(b, slices=slices, name="the metric", rng=None).lower(graph, [y, t])

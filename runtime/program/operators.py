@@ -2,7 +2,7 @@
 
 The meaning of each row is `docs/arithmetic.md`, and each back end is one more column keyed by the same names: plain
 torch in `reference.py` (the executable specification), later compiled CPU, CUDA and Solidity. Softmax, norms, exp,
-cross-entropy and AdamW are compositions of these rows (`compositions.py`), never rows themselves.
+cross-entropy and AdamW are compositions of these rows (`sums.py`, `functions.py`, `random.py`), never rows themselves.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.program.types import DTYPES, Type
+from storage.errors import FailureError
 
 Attributes = Mapping[str, Any]
 Rule = Callable[[Sequence[Type], Attributes], Type]
@@ -34,7 +35,7 @@ class Operator:
     rule: Rule
 
 
-class OperatorError(ValueError):
+class OperatorError(FailureError, ValueError):
     """An operator was given operands or attributes that its type rule refuses."""
 
 
@@ -128,8 +129,9 @@ def _sum(types: Sequence[Type], attributes: Attributes) -> Type:
 def _max(types: Sequence[Type], attributes: Attributes) -> Type:
     (t,) = types
     _require(t.dtype in ("i32", "i64"), f"expected i32 or i64, got {t}")
+    kept = _kept(t, attributes["axes"])
     _require(all(t.shape[axis] > 0 for axis in attributes["axes"]), f"maximum over an empty axis of {t}")
-    return Type(t.dtype, _kept(t, attributes["axes"]))
+    return Type(t.dtype, kept)
 
 
 def _dot(types: Sequence[Type], attributes: Attributes) -> Type:

@@ -63,6 +63,8 @@ class Program:
         size = op.type.elements * NUMPY[op.type.dtype].itemsize
         if data is None or len(data) != size:
             raise OperatorError(f"{where} has {0 if data is None else len(data)} bytes for {op.type}, expected {size}")
+        if op.type.dtype == "bool" and max(data, default=0) > 1:
+            raise OperatorError(f"{where} has a byte {max(data)} for a bool, expected 0 or 1")
 
     @cached_property
     def types(self) -> tuple[Type, ...]:

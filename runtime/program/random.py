@@ -23,7 +23,8 @@ def words(rng: Value, elements: int, *, purpose: int, operator: int) -> Value:
     b = rng.builder
     c0 = (b.iota(count) + (first >> 2)) & _MASK
     c1, c2, c3 = (
-        v.broadcast(count) for v in ((place << 16) | operator, step & _MASK, (micro_batch & 0xFFFFFF) | (purpose << 24))
+        v.broadcast(count)
+        for v in (((place << 16) | operator) & _MASK, step & _MASK, (micro_batch & 0xFFFFFF) | (purpose << 24))
     )
     for _ in range(10):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]

@@ -7,7 +7,7 @@ hardware before an executor trusts its device: torch's own `sqrt`, for one, is a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -167,11 +167,11 @@ class ReferenceExecutor:
         prove(device)
         self._device = device
         self._profile = profile
-        self._constants: dict[bytes, Tensor] = {}
+        self._constants: dict[tuple[bytes, str], Tensor] = {}
 
     def put(self, array: np.ndarray) -> Tensor:
         """The array on the device (shared with numpy on CPU)."""
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis
         if not array.flags.writeable:  # torch would warn; nothing here writes into its inputs
             array = array.copy()
         return torch.from_numpy(array).to(self._device)
@@ -226,11 +226,11 @@ class ReferenceExecutor:
         return MEANING[name](*operands, **attributes)
 
     def _constant(self, program: Program, attributes: Mapping[str, Any]) -> Tensor:
-        digest: bytes = attributes["digest"]
-        if digest not in self._constants:
-            array = np.frombuffer(program.constants[digest], dtype=NUMPY[attributes["dtype"]].newbyteorder("<"))
-            self._constants[digest] = torch.from_numpy(array.copy()).to(self._device)
-        return self._constants[digest].reshape(tuple(attributes["shape"]))
+        key = (attributes["digest"], attributes["dtype"])
+        if key not in self._constants:
+            array = np.frombuffer(program.constants[key[0]], dtype=NUMPY[key[1]].newbyteorder("<"))
+            self._constants[key] = torch.from_numpy(array.copy()).to(self._device)
+        return self._constants[key].reshape(tuple(attributes["shape"]))
 
 
 def _vectors() -> tuple[np.ndarray, np.ndarray]:
@@ -246,43 +246,67 @@ def _vectors() -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
-@cache
-def prove(device: str) -> None:
-    """Returns where every floating-point primitive has numpy's bytes on `device`; FailureError names the first without.
-
-    numpy's elementwise binary32 operations are the processor's own instructions; the digit product is held against
-    int64 sums at the largest K that one float32 product takes.
-    """
+def _proofs(device: str) -> Iterator[tuple[str, np.ndarray, Tensor]]:
+    """Name, numpy's result and this device's, for every primitive that computes."""
     a, b = _vectors()
-    ta, tb = (torch.from_numpy(x).to(device) for x in (a, b))
-    integers = np.random.Generator(np.random.Philox(8)).integers(-(2**63), 2**63 - 1, 65536)
-    ti = torch.from_numpy(integers).to(device)
-    with np.errstate(all="ignore"):
-        expected = {
-            "add": (a + b, MEANING["add"](ta, tb)),
-            "sub": (a - b, MEANING["sub"](ta, tb)),
-            "mul": (a * b, MEANING["mul"](ta, tb)),
-            "div": (a / b, MEANING["div"](ta, tb)),
-            "sqrt": (np.sqrt(a), MEANING["sqrt"](ta)),
-            "round": (np.rint(a), torch.round(ta)),
-            "float": (integers.astype(np.float32), MEANING["float"](ti)),
-            "mul of i64": (integers * integers, MEANING["mul"](ti, ti)),
-            "shl of i64": (integers << 5, MEANING["shl"](ti, 5)),
-        }
+    integers, shifts = (
+        np.random.Generator(np.random.Philox(8 + i)).integers(-(2**63), 2**63 - 1, 65536) for i in (0, 1)
+    )
+    integers[:4] = [(2**24 + i) * 2**38 + s for i, s in ((1, 1), (1, -1), (3, 1), (3, -1))]  # wrong by way of float64
+    powers = (shifts % 400 - 200).astype(np.int32)
+    small = np.where(np.abs(a) < 2.0**31, a, np.float32(0))
+    ta, tb, ti, tj, tp, ts = (torch.from_numpy(x).to(device) for x in (a, b, integers, shifts, powers, small))
+    # known bits, not numpy's: on a thread that flushes subnormals numpy flushes them too
+    least, halves = (
+        np.array(bits, dtype=np.uint32).view(np.float32)
+        for bits in ([0x00800000, 0x80800000, 0x00000006], [0x00400000, 0x80400000, 0x00000003])
+    )
+    yield "mul of subnormals", halves, MEANING["mul"](torch.from_numpy(least).to(device), _power(tp[:3] * 0 - 1))
+    for name, of in {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}.items():
+        yield name, of(a, b), MEANING[name](ta, tb)
+    for name, of in {"add": np.add, "sub": np.subtract, "mul": np.multiply, "xor": np.bitwise_xor}.items():
+        yield f"{name} of i64", of(integers, shifts), MEANING[name](ti, tj)
+    for name, of in {"eq": np.equal, "lt": np.less, "le": np.less_equal}.items():
+        yield name, of(a, b), MEANING[name](ta, tb)
+    first = np.clip(powers, -126, 127)
+    yield (
+        "scale",
+        np.ldexp(np.float32(1), first) * a * np.ldexp(np.float32(1), powers - first),
+        MEANING["scale"](ta, tp),
+    )
+    yield "sqrt", np.sqrt(a), MEANING["sqrt"](ta)
+    yield "rint", np.rint(small).astype(np.int64), MEANING["rint"](ts, "i64", 31)
+    yield "float", integers.astype(np.float32), MEANING["float"](ti)
+    yield "float of i32", powers.astype(np.float32), MEANING["float"](tp)
+    yield "shl", integers << 5, MEANING["shl"](ti, 5)
+    yield "shr", integers >> 5, MEANING["shr"](ti, 5)
+    yield "cast", integers.astype(np.int32), MEANING["cast"](ti, "i32")
+    yield "sum", integers.reshape(256, 256).sum(0), MEANING["sum"](ti.reshape(256, 256), (0,))
+    yield "max", powers.reshape(256, 256).max(0), MEANING["max"](tp.reshape(256, 256), (0,))
     digits = np.random.Generator(np.random.Philox(9)).integers(-64, 65, (2, 48, EXACT_TERMS)).astype(np.int8)
     digits[:, 0], digits[0, 1], digits[1, 1] = 64, 64, -64
     td = torch.from_numpy(digits).to(device)
     product = digits[0].astype(np.int64) @ digits[1].astype(np.int64).T
-    expected["dot"] = (product.astype(np.int32), MEANING["dot"](td[0], td[1].T))
-    for name, (want, made) in expected.items():
-        got = made.cpu().numpy()
-        wrong = ~((want == got) | ((want != want) & (got != got)))
-        if want.dtype == np.float32:
-            wrong |= (want == 0) & (np.signbit(want) != np.signbit(got))
-        if wrong.any():
-            i = int(wrong.reshape(-1).argmax())
-            raise FailureError(
-                f"the device {device!r} does not compute {name!r} exactly: element {i} of the test vector, "
-                f"expected {want.reshape(-1)[i]!r}, got {got.reshape(-1)[i]!r}. "
-                "Use another device, or a torch build without fast-math and flushed subnormals"
-            )
+    yield "dot", product.astype(np.int32), MEANING["dot"](td[0], td[1].T)
+
+
+@cache
+def prove(device: str) -> None:
+    """Returns where every primitive has numpy's bytes on `device`; FailureError names the first that has not.
+
+    numpy's elementwise binary32 operations are the processor's own instructions; the digit product is held against
+    int64 sums at the largest K that one float32 product takes. NaN equals NaN: its bits are set where bytes leave.
+    """
+    with np.errstate(all="ignore"):
+        for name, want, made in _proofs(device):
+            got = made.cpu().numpy()
+            if want.dtype == np.float32:  # by bits: -0 is not 0, and a thread that flushes compares subnormals as zeros
+                want, got = (np.where(x != x, np.float32(np.nan), x).view(np.int32) for x in (want, got))
+            wrong = want != got
+            if wrong.any() or want.dtype != got.dtype:
+                i = int(wrong.reshape(-1).argmax())
+                raise FailureError(
+                    f"the device {device!r} does not compute {name!r} exactly: element {i} of the test vector, "
+                    f"expected {want.reshape(-1)[i]:#x}, got {got.reshape(-1)[i]:#x}. "
+                    "Use another device, or a torch build without fast-math and flushed subnormals"
+                )

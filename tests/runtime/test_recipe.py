@@ -70,7 +70,7 @@ def test_shipped_recipe_reads_and_returns_from_its_canonical_form(name: str) -> 
 
 def test_canonical_form_is_pinned() -> None:
     assert tiny().canonical() == (
-        b'{"arithmetic":{"slices":2},"data":{"context":32,"corpus":"kjv","tokeniser":"bytes","validation":0.05},'
+        b'{"arithmetic":{"head_slices":3,"slices":2},"data":{"context":32,"corpus":"kjv","tokeniser":"bytes","validation":0.05},'
         b'"format":1,"model":{"activation":"gelu","bias":true,"context":0,"dropout":0.0,"family":"gpt","heads":2,'
         b'"layers":2,"tied":true,"vocab":0,"width":64},"name":"tiny","optimiser":{"betas":[0.9,0.95],"clip":1.0,'
         b'"eps":1e-08,"kind":"adamw","learning_rate":0.001,"weight_decay":0.1},"schedule":{"floor":0.0,'
