@@ -1,0 +1,127 @@
+"""Who holds and who owns which part of the state: a pure function of the plan and the tensors.
+
+A stage's replicas all hold the weights of its blocks. Each tensor is cut into chunks of `CHUNK` elements, and each
+chunk is owned by one worker: it adds the chunk's gradients, keeps its optimiser slots and updates it. A chunk is a
+power of two of Merkle leaves, so the owners' roots compose to the root of the whole tensor (`storage.merkle`).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from runtime.plan import Plan
+from runtime.program.training import CHUNK, TrainingProgram
+from storage import merkle
+from storage.records import TensorEntry
+
+WEIGHT = "weight"
+GRADIENT = "gradient"
+
+
+class Chunk(NamedTuple):
+    """Number `part` of the chunks of tensor number `tensor` (in the order of the program's tensors)."""
+
+    tensor: int
+    part: int
+
+    @property
+    def offset(self) -> int:
+        """The first element of the chunk in its flattened tensor."""
+        return self.part * CHUNK
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The plan together with the tensors that its workers hold. `held[s]` are the tensors of stage s, ascending."""
+
+    plan: Plan
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    held: tuple[tuple[int, ...], ...]
+
+    def size(self, tensor: int) -> int:
+        """The number of elements of a tensor."""
+        return math.prod(self.shapes[tensor])
+
+    def length(self, chunk: Chunk) -> int:
+        """The number of elements of a chunk."""
+        return min(CHUNK, self.size(chunk.tensor) - chunk.offset)
+
+    def span(self, chunk: Chunk) -> slice:
+        """Where the chunk lies in its flattened tensor."""
+        return slice(chunk.offset, chunk.offset + self.length(chunk))
+
+    def chunks(self, tensor: int) -> tuple[Chunk, ...]:
+        """The chunks of a tensor, in order."""
+        return tuple(Chunk(tensor, part) for part in range(-(-self.size(tensor) // CHUNK)))
+
+    def holds(self, worker: str) -> tuple[int, ...]:
+        """The tensors whose weights a worker holds, ascending."""
+        return self.held[self.plan.place(worker)[0]]
+
+    @cached_property
+    def owners(self) -> Mapping[Chunk, str]:
+        """The owner of every chunk: a replica of the first stage that holds its tensor, the least loaded one."""
+        owners: dict[Chunk, str] = {}
+        seen: set[int] = set()
+        for stage, tensors in enumerate(self.held):
+            fresh = [chunk for tensor in tensors if tensor not in seen for chunk in self.chunks(tensor)]
+            seen.update(tensors)
+            load = [0] * self.plan.replicas
+            for chunk in sorted(fresh, key=lambda chunk: (-self.length(chunk), chunk)):
+                replica = load.index(min(load))
+                load[replica] += self.length(chunk)
+                owners[chunk] = self.plan.worker(stage, replica)
+        return owners
+
+    @cached_property
+    def _owned(self) -> Mapping[str, tuple[Chunk, ...]]:
+        owned: dict[str, list[Chunk]] = {worker: [] for worker in self.plan.workers}
+        for chunk, worker in self.owners.items():
+            owned[worker].append(chunk)
+        return {worker: tuple(sorted(chunks)) for worker, chunks in owned.items()}
+
+    def owned(self, worker: str) -> tuple[Chunk, ...]:
+        """The chunks that a worker owns, ascending."""
+        return self._owned[worker]
+
+    def shared(self, owner: str, holder: str) -> tuple[Chunk, ...]:
+        """The chunks that `owner` owns of tensors that `holder` holds: what travels between the two."""
+        held = set(self.holds(holder))
+        return tuple(chunk for chunk in self.owned(owner) if chunk.tensor in held)
+
+    def owners_for(self, holder: str) -> tuple[str, ...]:
+        """The workers that own a chunk of what `holder` holds: where its gradients go."""
+        return tuple(worker for worker in self.plan.workers if self.shared(worker, holder))
+
+    def holders_of(self, owner: str) -> tuple[str, ...]:
+        """The workers that hold a chunk of what `owner` owns: where its new weights go."""
+        return tuple(worker for worker in self.plan.workers if self.shared(owner, worker))
+
+
+def make_layout(plan: Plan, program: TrainingProgram) -> Layout:
+    """The layout of a training program's tensors under a plan. A tied tensor is held by every stage that names it."""
+    names = tuple(spec.name for spec in program.tensors)
+    held = tuple(
+        tuple(sorted({names.index(name) for block in stage for name in program.blocks[block].tensors}))
+        for stage in plan.stages
+    )
+    return Layout(plan=plan, names=names, shapes=tuple(tuple(spec.shape) for spec in program.tensors), held=held)
+
+
+def tensor_entries(
+    layout: Layout, roots: Mapping[tuple[str, Chunk], bytes], *, keys: tuple[str, ...], dtype: str
+) -> list[TensorEntry]:
+    """One entry for each key and tensor, named `key/tensor`, its root composed from the roots of its chunks."""
+    return [
+        TensorEntry(
+            name=f"{key}/{name}",
+            dtype=dtype,
+            shape=layout.shapes[tensor],
+            root=merkle.root([roots[key, chunk] for chunk in layout.chunks(tensor)]),
+        )
+        for key in keys
+        for tensor, name in enumerate(layout.names)
+    ]

@@ -1,0 +1,151 @@
+"""What tests of runs share: a job that trains in a second, and the suite that every WorkerGroup passes."""
+
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from runtime.controller import Controller, Ended, Event, Job, Stepped
+from runtime.data import open_dataset, prepare
+from runtime.executors import reference
+from runtime.feed import Feed
+from runtime.groups import LocalGroup, WorkerGroup
+from runtime.plan import Plan, make_plan
+from runtime.program.training import TrainingProgram
+from runtime.recipe import Recipe, parse_recipe
+from runtime.segments import History, run_names
+from runtime.transition import StateView, assemble, crew_names, initialise, restore
+from runtime.worker import worker_builder
+from storage.objects import MemoryStore, Store
+
+TINY = """
+name = "tiny"
+seed = 7
+[model]
+family = "gpt"
+layers = 2
+width = 8
+heads = 2
+dropout = 0.1
+[data]
+url = "text.txt"
+context = 8
+validation = 0.2
+[training]
+steps = 5
+batch = 4
+micro_batches = 4
+segment = 2
+validate_every = 2
+validation_batches = 2
+[optimiser]
+learning_rate = 1e-2
+[schedule]
+kind = "cosine"
+warmup = 2
+"""
+TEXT = "In the beginning was the word, and every word was eight bits long. " * 20
+
+
+@cache
+def tiny_program() -> bytes:
+    """The encoded TrainingProgram of the tiny recipe, built once: a GPT of two layers with tied embeddings."""
+    return _build(MemoryStore(), tiny_recipe())
+
+
+def tiny_recipe() -> Recipe:
+    """The tiny recipe; its text is expected as text.txt beside it."""
+    return parse_recipe(TINY, source="tiny")
+
+
+def tiny_job(store: Store, *, name: str = "tiny") -> Job:
+    """The tiny recipe with data and programs in `store`."""
+    recipe = tiny_recipe()
+    store.put(recipe.canonical())
+    data = _prepare(store, recipe)
+    feed = Feed(recipe=recipe, dataset=open_dataset(store, data))
+    encoded = tiny_program()
+    program = TrainingProgram.decode(encoded)
+    return Job(name=name, feed=feed, program=program, programs=store.put(encoded), data=data)
+
+
+def train(
+    store: Store,
+    job: Job,
+    *,
+    group: WorkerGroup | None = None,
+    plan: Plan | None = None,
+    stop_before: int | None = None,
+    keys: str = "",
+    threads: int = 1,
+) -> Ended:
+    """The job trained, from where its run in the store stands; asked to stop before step `stop_before`."""
+    history = History.open(store, job.name) if job.name in run_names(store) else None
+    done = history.position().next_step if history else 0
+
+    def observe(event: Event) -> None:
+        nonlocal done
+        if isinstance(event, Stepped):
+            done = event.record.step + 1
+
+    return Controller(
+        store=store,
+        job=job,
+        group=group or local_group(),
+        plan=plan or plan_for(job),
+        history=history,
+        keys=keys,
+        threads=threads,
+        observe=observe,
+        stop=lambda: stop_before is not None and done >= stop_before,
+    ).run()
+
+
+def local_group() -> LocalGroup:
+    """Workers with reference executors in this process."""
+    return LocalGroup(worker_builder(reference))
+
+
+def plan_for(job: Job, *, stages: int = 1, replicas: int = 1, shares: tuple[int, ...] | None = None) -> Plan:
+    """A plan for the job's blocks and micro-batches."""
+    return make_plan(
+        blocks=len(job.program.blocks),
+        stages=stages,
+        replicas=replicas,
+        micro_batches=job.feed.recipe.training.micro_batches,
+        shares=shares,
+    )
+
+
+def check_worker_group(group: WorkerGroup, job: Job, programs: bytes) -> None:
+    """The suite that every WorkerGroup passes, over two stages of two replicas; AssertionError where it fails."""
+    plan = plan_for(job, stages=2, replicas=2)
+    crew = assemble(group, plan=plan, program=job.program, programs=programs, seed=7, keys="", threads=1)
+    root = initialise(crew)
+    state = {name: np.array(array) for name, array in StateView(crew).items()}
+    assert set(state) == set(crew_names(crew))
+    restore(crew, {name: array * 0 for name, array in state.items()})
+    assert not any(array.any() for array in StateView(crew).values())
+    assert initialise(crew) == root
+    first, second = crew.workers[0], crew.workers[-1]
+    shared = group.share(np.arange(3))
+    assert [value.tolist() for value in group.get([shared])] == [[0, 1, 2]]
+    one, two = (group.call(worker, "fetch", "weight", 0) for worker in (first, second))
+    assert all(isinstance(value, dict) for value in group.get([one, two]))
+    (bundle,) = group.call(first, "gradients", returns=len(crew.layout.owners_for(first)))[:1]
+    assert group.get([bundle]) == [{}]
+    group.stop()
+    group.stop()
+
+
+def _prepare(store: Store, recipe: Recipe) -> bytes:
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "text.txt").write_text(TEXT, encoding="utf-8")
+        return prepare(recipe.data, store, folder=Path(folder))
+
+
+def _build(store: Store, recipe: Recipe) -> bytes:
+    from runtime.program.build import build_training_program
+
+    return build_training_program(recipe, open_dataset(store, _prepare(store, recipe))).encode()

@@ -1,0 +1,321 @@
+"""What one worker does: its blocks forward and backward, its share of the gradient sums, its chunks of the update.
+
+Everything between workers is a numpy array or a digest; everything inside runs through the Executor seam. Sums are
+integers (`runtime.integers`), so it is free who adds what, and when.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.groups import WorkerConfig
+from runtime.integers import ExactSum, sum_exactly
+from runtime.program.executor import ArithmeticFault, Executor
+from runtime.program.training import TrainingProgram
+from runtime.shards import GRADIENT, WEIGHT, Chunk, make_layout
+from storage import merkle
+from storage.codec import decode, encode
+from storage.errors import FailureError
+from storage.identity import Identity, load_or_create, sign_receipt
+from storage.records import Receipt, TensorEntry
+
+Bundle = dict[Chunk, Any]
+"""What one worker sends another: gradient sums or new weights by chunk."""
+ChunkRoots = dict[tuple[str, Chunk], bytes]
+"""Merkle roots of chunks by key (`gradient`, `weight` or an optimiser slot) and chunk."""
+
+
+class StepFault(FailureError):  # noqa: N818 - reads as what happened
+    """An operator met a NaN, an infinity or an overflow: names step, place, operator and element."""
+
+
+class StageWorker:
+    """One replica of one stage. Weights of its blocks are whole; optimiser slots are only those of its own chunks."""
+
+    def __init__(
+        self, *, config: WorkerConfig, program: TrainingProgram, executor: Executor, identity: Identity | None = None
+    ) -> None:
+        self._id = config.worker
+        self._program = program
+        self._executor = executor
+        self._identity = identity
+        self._layout = make_layout(config.plan, program)
+        self._stage, _ = config.plan.place(config.worker)
+        self._blocks = config.plan.stages[self._stage]
+        self._key = (config.seed & 0xFFFFFFFF, config.seed >> 32)
+        names = self._layout.names
+        self._index = {name: tensor for tensor, name in enumerate(names)}
+        held = self._layout.holds(self._id)
+        self._weights = {tensor: np.zeros(self._layout.size(tensor), np.float32) for tensor in held}
+        self._handles: dict[int, Any] = {}
+        self._slots = {
+            (slot, chunk): np.zeros(self._layout.length(chunk), np.float32)
+            for slot in program.slots
+            for chunk in self._layout.owned(self._id)
+        }
+        self._inputs: dict[int, list[Any]] = {}
+        self._sums: dict[int, ExactSum] = {}
+        self._units: list[int] = []
+        self._totals: dict[Chunk, Any] = {}
+        self._gradient_root = merkle.EMPTY_ROOT
+
+    # ------------------------------------------------------------------------------------------------------- state
+
+    def initialise(self) -> tuple[Any, ...]:
+        """(chunk roots of the initial state, then one bundle of weights for each of `layout.holders_of(self)`)."""
+        weights = {}
+        for chunk in self._layout.owned(self._id):
+            program = self._program.init_program(chunk.tensor, self._layout.length(chunk))
+            rng = self._rng(step=0, micro_batch=0, place=chunk.tensor, offset=chunk.offset)
+            with _located(f"initial weights of {self._layout.names[chunk.tensor]}"):
+                weights[chunk] = self._arrays(program, [rng])[0]
+        for array in self._slots.values():
+            array[:] = 0
+        return self._published(weights)
+
+    def load(self, key: str, tensor: int, array: np.ndarray) -> None:
+        """Take a whole tensor: weights are kept whole, an optimiser slot only in the chunks that this worker owns."""
+        flat = np.asarray(array, np.float32).reshape(-1)
+        if key == WEIGHT:
+            self._weights[tensor] = flat.copy()
+            self._handles.pop(tensor, None)
+            return
+        for chunk in self._layout.owned(self._id):
+            if chunk.tensor == tensor:
+                self._slots[key, chunk] = flat[self._layout.span(chunk)].copy()
+
+    def fetch(self, key: str, tensor: int) -> dict[int, np.ndarray]:
+        """The owned chunks of one tensor of the state, by part: flat float32."""
+        owned = (chunk for chunk in self._layout.owned(self._id) if chunk.tensor == tensor)
+        if key == WEIGHT:
+            return {chunk.part: self._weights[tensor][self._layout.span(chunk)] for chunk in owned}
+        return {chunk.part: self._slots[key, chunk] for chunk in owned}
+
+    # ---------------------------------------------------------------------------------------- forward and backward
+
+    def forward(self, step: int, micro_batch: int, x: np.ndarray) -> np.ndarray:
+        """The stage's output for one micro-batch; its blocks' inputs are kept for `backward`."""
+        return self._executor.get(self._forward(step, micro_batch, x))
+
+    def last(self, step: int, micro_batch: int, x: np.ndarray, target: np.ndarray) -> tuple[int, np.ndarray | None]:
+        """The last stage in one go: (mean loss x 2**44, gradient of the stage's input, None for the first stage)."""
+        y = self._forward(step, micro_batch, x)
+        with _located(f"step {step}, micro-batch {micro_batch}, loss"):
+            loss, dy = self._executor.run(self._program.loss, [y, self._executor.put(target)])
+        return int(self._executor.get(loss)), self._backward(step, micro_batch, dy)
+
+    def backward(self, step: int, micro_batch: int, dy: np.ndarray) -> np.ndarray | None:
+        """The gradient of the stage's input (None for the first); the weights' gradients join this worker's sums."""
+        return self._backward(step, micro_batch, self._executor.put(dy))
+
+    def _forward(self, step: int, micro_batch: int, x: np.ndarray) -> Any:
+        inputs = self._inputs[micro_batch] = []
+        handle = self._executor.put(x)
+        for block in self._blocks:
+            inputs.append(handle)
+            program = self._program.kind_of(block).forward
+            with _located(f"step {step}, micro-batch {micro_batch}, block {block} forward"):
+                (handle,) = self._executor.run(
+                    program, [*self._parameters(block), handle, self._block_rng(step, micro_batch, block)]
+                )
+        return handle
+
+    def _backward(self, step: int, micro_batch: int, dy: Any) -> np.ndarray | None:
+        inputs = self._inputs.pop(micro_batch)
+        for block in reversed(self._blocks):
+            names = self._program.blocks[block].tensors
+            rng = self._block_rng(step, micro_batch, block)
+            with _located(f"step {step}, micro-batch {micro_batch}, block {block} backward"):
+                results = self._executor.run(
+                    self._program.kind_of(block).backward, [*self._parameters(block), inputs.pop(), rng, dy]
+                )
+            gradients = results[len(results) - len(names) :]
+            for name, gradient in zip(names, gradients, strict=True):
+                self._accumulate(self._index[name], self._executor.get(gradient))
+            dy = results[0] if len(results) > len(names) else None
+        self._units.append(micro_batch)
+        return None if dy is None or not self._stage else self._executor.get(dy)
+
+    def _accumulate(self, tensor: int, gradient: np.ndarray) -> None:
+        if tensor not in self._sums:
+            self._sums[tensor] = ExactSum.zeros(self._layout.size(tensor))
+        self._sums[tensor].add(ExactSum(gradient.reshape(-1)))
+
+    def evaluate(self, x: np.ndarray) -> np.ndarray:
+        """The stage's output without dropout; nothing is kept."""
+        return self._executor.get(self._evaluate(x))
+
+    def measure(self, x: np.ndarray, target: np.ndarray) -> tuple[int, int, int]:
+        """The last stage of a validation batch: (mean loss x 2**44, hits, count)."""
+        results = self._executor.run(self._program.metric, [self._evaluate(x), self._executor.put(target)])
+        loss, hits, count = (int(self._executor.get(result)) for result in results)
+        return loss, hits, count
+
+    def _evaluate(self, x: np.ndarray) -> Any:
+        handle = self._executor.put(x)
+        for block in self._blocks:
+            with _located(f"validation, block {block}"):
+                program = self._program.kind_of(block).evaluate
+                (handle,) = self._executor.run(program, [*self._parameters(block), handle])
+        return handle
+
+    # -------------------------------------------------------------------------------------------- reduce and update
+
+    def gradients(self) -> tuple[Bundle, ...]:
+        """One bundle of gradient sums for each of `layout.owners_for(self)`; this worker's own sums start anew."""
+        sums, self._sums = self._sums, {}
+        self._gradient_root = merkle.list_root([self._gradient_entry(tensor, sums) for tensor in sorted(sums)])
+        return tuple(
+            {
+                chunk: sums[chunk.tensor].part(self._layout.span(chunk))
+                for chunk in self._layout.shared(owner, self._id)
+                if chunk.tensor in sums
+            }
+            for owner in self._layout.owners_for(self._id)
+        )
+
+    def _gradient_entry(self, tensor: int, sums: dict[int, ExactSum]) -> bytes:
+        name, shape = self._layout.names[tensor], self._layout.shapes[tensor]
+        root = merkle.bytes_root(sums[tensor].value.data)
+        return encode(TensorEntry(name=f"{GRADIENT}/{name}", dtype="i64", shape=shape, root=root))
+
+    def reduce(self, step: int, *bundles: Bundle) -> tuple[int, ChunkRoots]:
+        """(largest exponent of the owned gradient, root of each owned chunk of it) of the sums of all bundles."""
+        roots: ChunkRoots = {}
+        exponents = []
+        for chunk in self._layout.owned(self._id):
+            length = self._layout.length(chunk)
+            parts = [bundle[chunk] for bundle in bundles if chunk in bundle]
+            with _located(f"step {step}, gradient of {self._layout.names[chunk.tensor]}"):
+                total = sum_exactly(parts, length).total()
+                roots[GRADIENT, chunk] = merkle.bytes_root(total.data)
+                self._totals[chunk] = self._executor.put(total)
+                (exponent,) = self._executor.run(self._program.exponent_program(length), [self._totals[chunk]])
+            exponents.append(int(self._executor.get(exponent)))
+        return max(exponents, default=0), roots
+
+    def squares(self, exponent: int) -> int:
+        """The sum of squares of the owned gradient on the grid of `exponent`, the largest one of all workers."""
+        e = self._executor.put(np.array(exponent, np.int32))
+        total = 0
+        for chunk, gradient in self._totals.items():
+            (square,) = self._executor.run(self._program.square_program(self._layout.length(chunk)), [gradient, e])
+            total += int(self._executor.get(square))
+        return total
+
+    def update(self, step: int, total: int, exponent: int) -> tuple[Any, ...]:
+        """(chunk roots of the owned state after the step, then a bundle of weights for each of `holders_of(self)`)."""
+        scalars = [
+            self._executor.put(np.array(value, dtype))
+            for value, dtype in ((total, np.int64), (exponent, np.int32), (step, np.int64))
+        ]
+        weights = {}
+        for chunk in self._layout.owned(self._id):
+            program = self._program.update_program(chunk.tensor, self._layout.length(chunk))
+            weight = self._weights[chunk.tensor][self._layout.span(chunk)]
+            state = [weight, *(self._slots[slot, chunk] for slot in self._program.slots)]
+            handles = [self._executor.put(array) for array in state]
+            with _located(f"step {step}, update of {self._layout.names[chunk.tensor]}"):
+                results = self._arrays(program, [*handles, self._totals.pop(chunk), *scalars])
+                _finite(results, (WEIGHT, *self._program.slots), chunk.offset)
+            weights[chunk], slots = results[0], results[1:]
+            for slot, array in zip(self._program.slots, slots, strict=True):
+                self._slots[slot, chunk] = array
+        return self._published(weights)
+
+    def store(self, *bundles: Bundle) -> None:
+        """Take the new weights of every chunk that this worker holds."""
+        fresh: dict[int, np.ndarray] = {}  # copies, because an executor may share memory with what was put
+        for bundle in bundles:
+            for chunk, array in bundle.items():
+                if chunk.tensor not in fresh:
+                    fresh[chunk.tensor] = self._weights[chunk.tensor].copy()
+                fresh[chunk.tensor][self._layout.span(chunk)] = array
+        for tensor, weights in fresh.items():
+            self._weights[tensor] = weights
+            self._handles.pop(tensor, None)
+
+    def receipt(self, run: bytes, step: int) -> bytes:
+        """The encoded, signed receipt of what this worker did in the step; b"" for a worker without a key."""
+        units, self._units = tuple(sorted(self._units)), []
+        if self._identity is None:
+            return b""
+        receipt = Receipt(
+            run=run,
+            step=step,
+            worker=self._id,
+            address=self._identity.address,
+            stage=self._stage,
+            units=units,
+            gradient_root=self._gradient_root,
+            signature=b"",
+        )
+        return encode(sign_receipt(self._identity, receipt))
+
+    def _published(self, weights: Bundle) -> tuple[Any, ...]:
+        roots: ChunkRoots = {(WEIGHT, chunk): merkle.bytes_root(array.data) for chunk, array in weights.items()}
+        roots |= {key: merkle.bytes_root(array.data) for key, array in self._slots.items()}
+        bundles = (
+            {chunk: weights[chunk] for chunk in self._layout.shared(self._id, holder)}
+            for holder in self._layout.holders_of(self._id)
+        )
+        return roots, *bundles
+
+    # ----------------------------------------------------------------------------------------------- executor's side
+
+    def _arrays(self, program: Any, inputs: Sequence[Any]) -> list[np.ndarray]:
+        return [self._executor.get(result) for result in self._executor.run(program, inputs)]
+
+    def _parameters(self, block: int) -> list[Any]:
+        return [self._parameter(self._index[name]) for name in self._program.blocks[block].tensors]
+
+    def _parameter(self, tensor: int) -> Any:
+        if tensor not in self._handles:
+            shaped = self._weights[tensor].reshape(self._layout.shapes[tensor])
+            self._handles[tensor] = self._executor.put(shaped)
+        return self._handles[tensor]
+
+    def _block_rng(self, step: int, micro_batch: int, block: int) -> Any:
+        return self._rng(step=step, micro_batch=micro_batch, place=block, offset=0)
+
+    def _rng(self, *, step: int, micro_batch: int, place: int, offset: int) -> Any:
+        return self._executor.put(np.array([*self._key, step, micro_batch, place, offset], np.int64))
+
+
+def _finite(arrays: Sequence[np.ndarray], names: Sequence[str], offset: int) -> None:
+    """FailureError naming the first NaN or infinite element of a new state; `offset` is where its chunk starts."""
+    for name, array in zip(names, arrays, strict=True):
+        bad = ~np.isfinite(array)
+        if bad.any():
+            element = int(bad.argmax())
+            raise FailureError(
+                f"{name} became {array[element]} at element {offset + element}, expected a finite number; "
+                "lower the learning rate or clip the gradient"
+            )
+
+
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Say where in the step an operator or a sum failed."""
+    try:
+        yield
+    except ArithmeticFault as fault:
+        remedy = "the same happens on every machine: lower the learning rate or clip the gradient, in a new run"
+        raise StepFault(f"{where}: {fault}; {remedy}") from fault
+    except FailureError as error:
+        raise StepFault(f"{where}: {error}") from error
+
+
+def worker_builder(executor: Callable[[int], Executor]) -> Callable[[bytes], StageWorker]:
+    """A function that builds a worker from its encoded WorkerConfig, with an executor made for its thread count."""
+
+    def build(data: bytes) -> StageWorker:
+        config = decode(WorkerConfig, data)
+        identity = load_or_create(Path(config.keys).expanduser() / "worker.key") if config.keys else None
+        program = TrainingProgram.decode(config.programs)
+        return StageWorker(config=config, program=program, executor=executor(config.threads), identity=identity)
+
+    return build

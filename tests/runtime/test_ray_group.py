@@ -1,0 +1,127 @@
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime.actors.cluster import Cluster, joined, require_listener
+from runtime.actors.group import RayGroup, WorkerActor, cpus_each
+from runtime.segments import History
+from runtime.testing import check_worker_group, plan_for, tiny_job, tiny_program, train
+from storage.errors import FailureError, UsageError
+from storage.objects import MemoryStore
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with joined() as cluster:
+            yield cluster
+
+
+class OldActor(WorkerActor):
+    """An actor on a host with another installation."""
+
+    def version(self) -> tuple[str, str]:
+        return "0.0.9", "host-7"
+
+
+class FailingActor(WorkerActor):
+    """An actor whose worker meets a fault in step 2 and dies in step 3."""
+
+    def call(self, method: str, returns: int | None, *args: object) -> object:
+        if method == "reduce" and args[0] == 2:
+            raise FailureError("step 2: operator 5 (div) expected a finite number at element 9")
+        if method == "reduce" and args[0] == 0 and len(args) == 1:
+            os._exit(1)
+        return super().call(method, returns, *args)
+
+
+class DyingActor(WorkerActor):
+    """An actor whose host goes away in step 1."""
+
+    def call(self, method: str, returns: int | None, *args: object) -> object:
+        if method == "reduce" and args[0] == 1:
+            os._exit(1)
+        return super().call(method, returns, *args)
+
+
+def test_ray_group_conforms(cluster: Cluster) -> None:
+    check_worker_group(RayGroup(cpus=cluster.cpus), tiny_job(MemoryStore()), tiny_program())
+
+
+def test_ray_gives_the_same_root_as_this_process(cluster: Cluster, tmp_path: Path) -> None:
+    assert cluster.started
+    here, there = MemoryStore(), MemoryStore()
+    ended = train(here, tiny_job(here))
+    job = tiny_job(there)
+    plan = plan_for(job, stages=2, replicas=2, shares=(3, 1))
+    assert train(there, job, group=RayGroup(cpus=cluster.cpus), plan=plan, keys=str(tmp_path)) == ended
+    history = History.open(there, "tiny")
+    assert len(history.items(history.segments()[0].receipts_object)) == 8
+
+
+def test_another_version_is_refused_by_name(cluster: Cluster) -> None:
+    group = RayGroup(cpus=cluster.cpus, actor=OldActor)
+    with pytest.raises(FailureError, match=r"worker s0r0 on host host-7: expected Trueweight .* got 0\.0\.9"):
+        group.start({"s0r0": b""})
+    group.stop()
+
+
+def test_a_workers_error_comes_out_as_it_was(cluster: Cluster) -> None:
+    store = MemoryStore()
+    job = tiny_job(store)
+    group = RayGroup(cpus=cluster.cpus, actor=FailingActor)
+    with pytest.raises(FailureError, match="step 2: operator 5") as caught:
+        train(store, job, group=group, plan=plan_for(job, stages=2))
+    assert type(caught.value) is FailureError
+    assert [segment.index for segment in History.open(store, "tiny").segments()] == [0]
+
+
+def test_a_lost_worker_is_a_failure_and_the_run_can_go_on(cluster: Cluster) -> None:
+    store = MemoryStore()
+    job = tiny_job(store)
+    with pytest.raises(FailureError, match="a worker was lost"):
+        train(store, job, group=RayGroup(cpus=cluster.cpus, actor=DyingActor), plan=plan_for(job, replicas=2))
+    other = MemoryStore()
+    assert train(store, job) == train(other, tiny_job(other))
+
+
+def test_workers_that_find_no_cpu_are_not_waited_for_for_ever(cluster: Cluster) -> None:
+    group = RayGroup(cpus=1e6, timeout=1.0)
+    with pytest.raises(FailureError, match=r"expected to start within 1 s on 1 CPUs each, got"):
+        group.start({f"s0r{replica}": b"" for replica in range(int(cluster.cpus) + 1)})
+    group.stop()
+
+
+def test_cpus_are_shared_among_workers() -> None:
+    assert cpus_each(2, 1) == 1
+    assert cpus_each(2, 4) == 0.5
+    assert cpus_each(2, 3) == 0.6666
+    assert cpus_each(64, 4) == 1
+
+
+def test_a_cluster_that_is_not_there_is_refused_in_time() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (
+        pytest.raises(FailureError, match=f"Ray cluster at 127.0.0.1:{port}: expected an answer"),
+        joined(f"127.0.0.1:{port}", timeout=2),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("address", ["nonsense", "host:", "host:port", "ray://host:10001"])
+def test_addresses_of_other_kinds_are_usage_errors(address: str) -> None:
+    with pytest.raises(UsageError, match="Ray address"), joined(address, timeout=1):
+        pass
+
+
+def test_default_ports_of_urls() -> None:
+    with pytest.raises(FailureError, match="expected an answer"):
+        require_listener("http://127.0.0.1", 1)
