@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from runtime.recipe import OptimiserConfig, Recipe
 from runtime.schedule import learning_rates
 
 Array = NDArray[np.generic]
-Batches = Callable[[int], tuple[Array, Array]]  # step from 0 -> inputs and targets of the whole batch
+Batches = Callable[[int], tuple[NDArray[Any], NDArray[Any]]]  # step from 0 -> inputs and targets of the whole batch
 
 
 def load_weights(blocks: Sequence[nn.Module], start: Mapping[str, NDArray[np.float32]]) -> None:
