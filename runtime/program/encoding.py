@@ -1,15 +1,12 @@
-"""The canonical bytes of a Program and the leaves of its Merkle tree, so that one operator can be shown on its own."""
+"""The records that a Program's bytes consist of, and the packing of attributes by the operator table."""
 
 import struct
 from collections.abc import Mapping
 from typing import Any
 
-from runtime.program.operators import BY_CODE, OPERATORS, OperatorError
-from runtime.program.program import Op, Program
+from runtime.program.operators import OPERATORS, OperatorError
 from runtime.program.types import DTYPES, Type
-from storage import merkle
-from storage.codec import U8, U32, U64, Digest, decode, encode, record
-from storage.errors import IntegrityError
+from storage.codec import U8, U32, U64, Digest, record
 
 
 @record(kind=70)
@@ -66,11 +63,13 @@ class ProgramRecord:
     constants: tuple[bytes, ...]
 
 
-def _type_record(t: Type) -> TypeRecord:
+def type_record(t: Type) -> TypeRecord:
+    """A type as a record."""
     return TypeRecord(dtype=DTYPES.index(t.dtype), shape=t.shape)
 
 
-def _type(record: TypeRecord) -> Type:
+def type_from(record: TypeRecord) -> Type:
+    """The type of a record; OperatorError where there is no such type."""
     if record.dtype >= len(DTYPES):
         raise OperatorError(f"element type {record.dtype}: expected below {len(DTYPES)}")
     try:
@@ -79,7 +78,8 @@ def _type(record: TypeRecord) -> Type:
         raise OperatorError(str(error)) from None
 
 
-def _pack(name: str, attributes: Mapping[str, Any]) -> bytes:
+def pack(name: str, attributes: Mapping[str, Any]) -> bytes:
+    """An operator's attributes in the table's order: i64, u32 count and i64s, u8 element type, 32 bytes."""
     packed = b""
     for key, kind in OPERATORS[name].attributes.items():
         value = attributes[key]
@@ -94,7 +94,8 @@ def _pack(name: str, attributes: Mapping[str, Any]) -> bytes:
     return packed
 
 
-def _unpack(name: str, packed: bytes) -> dict[str, Any]:
+def unpack(name: str, packed: bytes) -> dict[str, Any]:
+    """The attributes again; OperatorError where the bytes are not exactly those of such an operator."""
     attributes: dict[str, Any] = {}
     position = 0
 
@@ -122,67 +123,3 @@ def _unpack(name: str, packed: bytes) -> dict[str, Any]:
     if position != len(packed):
         raise OperatorError(f"operator {name!r}: {len(packed) - position} bytes after its attributes")
     return attributes
-
-
-def _op_record(op: Op) -> OpRecord:
-    code = OPERATORS[op.name].code
-    return OpRecord(code=code, inputs=op.inputs, attributes=_pack(op.name, op.attributes), type=_type_record(op.type))
-
-
-def _op(record: OpRecord, label: str) -> Op:
-    row = BY_CODE.get(record.code)
-    if row is None:
-        raise OperatorError(f"operator code {record.code} is not in the table of this version")
-    attributes = _unpack(row.name, record.attributes)
-    return Op(name=row.name, inputs=record.inputs, attributes=attributes, type=_type(record.type), label=label)
-
-
-def _record(program: Program) -> ProgramRecord:
-    texts = tuple(sorted({op.label for op in program.ops}))
-    place = {text: number for number, text in enumerate(texts)}
-    digests = tuple(sorted(program.constants))
-    return ProgramRecord(
-        header=HeaderRecord(
-            inputs=tuple(InputRecord(name=name, type=_type_record(t)) for name, t in program.inputs),
-            outputs=program.outputs,
-            operators=len(program.ops),
-            constants=digests,
-        ),
-        operators=tuple(_op_record(op) for op in program.ops),
-        labels=LabelsRecord(texts=texts, numbers=tuple(place[op.label] for op in program.ops)),
-        constants=tuple(program.constants[digest] for digest in digests),
-    )
-
-
-def leaves(program: Program) -> list[bytes]:
-    """The leaves of the Program's Merkle tree: header, one record an operator, labels (constants by their digests)."""
-    record = _record(program)
-    return [encode(record.header), *(encode(op) for op in record.operators), encode(record.labels)]
-
-
-def encode_program(program: Program) -> bytes:
-    """The one encoding of a Program."""
-    return encode(_record(program))
-
-
-def decode_program(data: bytes) -> Program:
-    """The Program with this encoding; IntegrityError or OperatorError for whatever `encode_program` never writes."""
-    record = decode(ProgramRecord, data)
-    header, labels = record.header, record.labels
-    if not header.operators == len(record.operators) == len(labels.numbers):
-        raise OperatorError(
-            f"{len(record.operators)} operators, {len(labels.numbers)} labels, {header.operators} stated"
-        )
-    if any(number >= len(labels.texts) for number in labels.numbers):
-        raise OperatorError(f"a label number beyond the {len(labels.texts)} labels")
-    if tuple(map(merkle.bytes_root, record.constants)) != header.constants:
-        raise OperatorError("the constants do not have the digests that the header states")
-    program = Program(
-        inputs=tuple((i.name, _type(i.type)) for i in header.inputs),
-        ops=tuple(_op(op, labels.texts[number]) for op, number in zip(record.operators, labels.numbers, strict=True)),
-        outputs=header.outputs,
-        constants=dict(zip(header.constants, record.constants, strict=True)),
-    )
-    if encode_program(program) != data:
-        raise IntegrityError("a Program that is not in its canonical encoding: made by another tool?", digest="")
-    return program

@@ -1,15 +1,31 @@
-"""A Program: primitive operators in static single assignment over typed, fixed-shape arrays."""
+"""A Program: primitive operators in static single assignment over typed, fixed-shape arrays; its bytes and its root.
+
+The leaves of its Merkle tree are the header, one record an operator and the labels, so one operator can be shown alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from runtime.program.operators import OPERATORS, OperatorError, infer
+from runtime.program.encoding import (
+    HeaderRecord,
+    InputRecord,
+    LabelsRecord,
+    OpRecord,
+    ProgramRecord,
+    pack,
+    type_from,
+    type_record,
+    unpack,
+)
+from runtime.program.operators import BY_CODE, OPERATORS, OperatorError, infer
 from runtime.program.types import NUMPY, Type
 from storage import merkle
+from storage.codec import decode, encode
+from storage.errors import IntegrityError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +108,6 @@ class Program:
     @cached_property
     def root(self) -> bytes:
         """The Merkle root (32 bytes) over the header, every operator's record in order, and the labels."""
-        from runtime.program.encoding import leaves
-
         return merkle.list_root(leaves(self))
 
     @property
@@ -103,6 +117,65 @@ class Program:
         return {name: names.count(name) for name in OPERATORS if name in names}
 
 
-def input_types(program: Program) -> Sequence[Type]:
-    """The types of the program's inputs in order."""
-    return [t for _, t in program.inputs]
+def _op_record(op: Op) -> OpRecord:
+    code = OPERATORS[op.name].code
+    return OpRecord(code=code, inputs=op.inputs, attributes=pack(op.name, op.attributes), type=type_record(op.type))
+
+
+def _op(record: OpRecord, label: str) -> Op:
+    row = BY_CODE.get(record.code)
+    if row is None:
+        raise OperatorError(f"operator code {record.code} is not in the table of this version")
+    attributes = unpack(row.name, record.attributes)
+    return Op(name=row.name, inputs=record.inputs, attributes=attributes, type=type_from(record.type), label=label)
+
+
+def _file(program: Program) -> ProgramRecord:
+    texts = tuple(sorted({op.label for op in program.ops}))
+    place = {text: number for number, text in enumerate(texts)}
+    digests = tuple(sorted(program.constants))
+    return ProgramRecord(
+        header=HeaderRecord(
+            inputs=tuple(InputRecord(name=name, type=type_record(t)) for name, t in program.inputs),
+            outputs=program.outputs,
+            operators=len(program.ops),
+            constants=digests,
+        ),
+        operators=tuple(_op_record(op) for op in program.ops),
+        labels=LabelsRecord(texts=texts, numbers=tuple(place[op.label] for op in program.ops)),
+        constants=tuple(program.constants[digest] for digest in digests),
+    )
+
+
+def leaves(program: Program) -> list[bytes]:
+    """The leaves of the Program's Merkle tree: header, one record an operator, labels (constants by their digests)."""
+    record = _file(program)
+    return [encode(record.header), *(encode(op) for op in record.operators), encode(record.labels)]
+
+
+def encode_program(program: Program) -> bytes:
+    """The one encoding of a Program."""
+    return encode(_file(program))
+
+
+def decode_program(data: bytes) -> Program:
+    """The Program with this encoding; IntegrityError or OperatorError for whatever `encode_program` never writes."""
+    record = decode(ProgramRecord, data)
+    header, labels = record.header, record.labels
+    if not header.operators == len(record.operators) == len(labels.numbers):
+        raise OperatorError(
+            f"{len(record.operators)} operators, {len(labels.numbers)} labels, {header.operators} stated"
+        )
+    if any(number >= len(labels.texts) for number in labels.numbers):
+        raise OperatorError(f"a label number beyond the {len(labels.texts)} labels")
+    if tuple(map(merkle.bytes_root, record.constants)) != header.constants:
+        raise OperatorError("the constants do not have the digests that the header states")
+    program = Program(
+        inputs=tuple((i.name, type_from(i.type)) for i in header.inputs),
+        ops=tuple(_op(op, labels.texts[number]) for op, number in zip(record.operators, labels.numbers, strict=True)),
+        outputs=header.outputs,
+        constants=dict(zip(header.constants, record.constants, strict=True)),
+    )
+    if encode_program(program) != data:
+        raise IntegrityError("a Program that is not in its canonical encoding: made by another tool?", digest="")
+    return program

@@ -19,8 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from runtime.program.encoding import decode_program, encode_program
-from runtime.program.program import Program
+from runtime.program.program import Program, decode_program, encode_program
 from storage import merkle
 from storage.codec import U32, U64, Digest, decode, encode, record
 from storage.errors import IntegrityError

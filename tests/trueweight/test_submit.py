@@ -123,18 +123,15 @@ def test_a_submitted_recipe_gives_the_same_root(head: Head, recipe: Path, tmp_pa
     assert re.search(r"job raysubmit_\w+ at", done.stdout)
 
 
-def test_ray_job_submit_with_the_working_directory(head: Head, recipe: Path, tmp_path: Path) -> None:
-    here = MemoryStore()
-    ended = train(here, tiny_job(here))
+def test_ray_job_submit_of_the_quickstart_gives_the_published_bytes(head: Head, tmp_path: Path) -> None:
     ray = str(Path(sys.executable).with_name("ray"))
-    entry = ["python", "-m", "trueweight", "run", str(recipe), "--store", str(tmp_path / "store")]
-    excludes = '{"excludes": [".git", ".venv", "build"]}'
-    command = [ray, "job", "submit", "--address", head.url, "--working-dir", ".", "--runtime-env-json", excludes]
-    done = subprocess.run(
-        [*command, "--", *entry], env=head.environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    entry = ["python", "-m", "trueweight", "run", "recipes/quickstart.toml", "--replicas", "2", "--stages", "2"]
+    entry += ["--lock", "recipes/quickstart.lock.toml", "--store", str(tmp_path / "store")]
+    command = [ray, "job", "submit", "--address", head.url, "--working-dir", ".", "--", *entry]
+    done = subprocess.run(command, env=head.environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"final state {ended.state_root.hex()}" in done.stdout
+    assert "step 40/40" in done.stdout
+    assert "this machine produced the published bytes" in done.stdout
 
 
 def test_the_jobs_exit_code_comes_back(head: Head, recipe: Path, tmp_path: Path) -> None:

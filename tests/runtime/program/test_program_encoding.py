@@ -13,19 +13,9 @@ from hypothesis import strategies as st
 
 from runtime.program import sums
 from runtime.program.builder import Builder
-from runtime.program.encoding import (
-    HeaderRecord,
-    InputRecord,
-    LabelsRecord,
-    OpRecord,
-    ProgramRecord,
-    TypeRecord,
-    decode_program,
-    encode_program,
-    leaves,
-)
+from runtime.program.encoding import HeaderRecord, InputRecord, LabelsRecord, OpRecord, ProgramRecord, TypeRecord
 from runtime.program.operators import OPERATORS, OperatorError
-from runtime.program.program import Op, Program
+from runtime.program.program import Op, Program, decode_program, encode_program, leaves
 from runtime.program.types import Type
 from storage import merkle
 from storage.codec import decode, encode

@@ -19,10 +19,9 @@ from torch import nn
 from runtime.models.gpt import Layer
 from runtime.program import reference
 from runtime.program.builder import Builder
-from runtime.program.encoding import encode_program
 from runtime.program.executor import ArithmeticFault
 from runtime.program.lowering import lower_block
-from runtime.program.program import Program
+from runtime.program.program import Program, encode_program
 from runtime.program.reference import ReferenceExecutor, prove
 from runtime.program.types import NUMPY
 from runtime.recipe import GptConfig
@@ -75,7 +74,7 @@ import sys
 import numpy as np
 import torch
 from hashlib import sha256
-from runtime.program.encoding import decode_program
+from runtime.program.program import decode_program
 from runtime.program.reference import ReferenceExecutor
 program = decode_program(open(sys.argv[1], "rb").read())
 inputs = np.load(sys.argv[2])
