@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from typer.exceptions import TyperException
 
+from runtime import recipe_keys
 from runtime.controller import Ended, Job
 from runtime.plan import Plan, make_plan
 from runtime.recipe import load_recipe
@@ -62,7 +63,16 @@ def run(
     keys: Keys = wiring.KEYS,
     as_json: AsJson = False,
 ) -> int:
-    """Train a recipe."""
+    """Train a recipe. Where and by how many workers changes no bit.
+
+    Without --address and RAY_ADDRESS a Ray cluster is started on this machine and ends with the command. Ctrl-C
+    finishes the step and saves; `trueweight resume` goes on from there.
+
+    \b
+    trueweight run recipes/quickstart.toml --replicas 2 --stages 2
+    trueweight run recipes/quickstart.toml --lock recipes/quickstart.lock.toml
+    trueweight run my.toml --address 10.0.0.1:6379 --replicas 4 --shares 3,3,1,1
+    """
     console = console_for(as_json)
     read = load_recipe(recipe)
     expected = read_lock(lock) if lock else None
@@ -94,7 +104,14 @@ def resume(
     keys: Keys = wiring.KEYS,
     as_json: AsJson = False,
 ) -> int:
-    """Go on with a run from its last consistent point, on whatever workers there are now."""
+    """Go on with a run from its last consistent point.
+
+    The workers may be others than before: neither their number nor their place changes a bit.
+
+    \b
+    trueweight resume quickstart
+    trueweight resume quickstart --replicas 2 --address 10.0.0.1:6379
+    """
     console = console_for(as_json)
     expected = read_lock(lock) if lock else None
     objects = wiring.open_folder(store, create=False)
@@ -157,7 +174,19 @@ def audit_command(
     threads: Threads = 1,
     as_json: AsJson = False,
 ) -> int:
-    """Replay segments from their stored state and compare: exit 0 match, 1 diverged, 2 inconclusive."""
+    """Replay segments from their stored state and compare.
+
+    Exit code 0 is a match, 1 diverged (at the segment and step that are printed), 2 inconclusive.
+
+    One segment is drawn at random unless told otherwise. The replay needs the store alone, neither the recipe's file
+    nor the model's code, and says what it would have missed.
+
+    \b
+    trueweight audit quickstart
+    trueweight audit quickstart --sample 2 --seed 7
+    trueweight audit quickstart --segments 0,3
+    trueweight audit quickstart --all --json
+    """
     console = console_for(as_json)
     if sum((every, bool(segments), bool(sample_count))) > 1 or sample_count < 0:
         raise UsageError("audit: expected one of --all, --segments 3,7 and --sample 2; drop the others")
@@ -193,9 +222,31 @@ def audit_command(
     return reports.VERDICTS[type(report.verdict)][1]
 
 
+@app.command("recipe")
+def recipe_command(as_json: AsJson = False) -> int:
+    """List every key of a recipe.
+
+    Each with its default, its meaning and what it takes; docs/recipes.md explains more.
+
+    \b
+    trueweight recipe
+    trueweight recipe --json
+    """
+    rows = [row._asdict() for row in recipe_keys.rows()]
+    if as_json:
+        return print_json({"keys": rows})
+    heading = ""
+    for row in rows:
+        if row["table"] != heading:
+            heading = row["table"]
+            print(f"\n{heading}")
+        print(f"  {row['key']:18} {row['default'] or 'required':14} {row['meaning']} ({row['takes']})")
+    return 0
+
+
 @app.command()
 def prepare(recipe: RecipePath, store: StoreFolder = ".trueweight", as_json: AsJson = False) -> int:
-    """Prepare a recipe's data and programs, and train nothing."""
+    """Prepare a recipe's data and programs only."""
     console = console_for(as_json)
     read = load_recipe(recipe)
     objects = wiring.open_folder(store, create=True)
@@ -234,7 +285,16 @@ def submit(
     lock: LockFile = None,
     as_json: AsJson = False,
 ) -> int:
-    """Run a recipe as a job of a Ray cluster and follow its log; leaves with the job's exit code."""
+    """Run a recipe as a job of a Ray cluster.
+
+    Follows the log and leaves with the job's exit code; Ctrl-C leaves the job running.
+
+    Ships this Trueweight, the recipe, the files that it names and the module of its factory. For a cluster with tokens
+    set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN.
+
+    \b
+    trueweight submit recipes/quickstart.toml --address http://10.0.0.1:8265 --replicas 2
+    """
     from runtime.actors.jobs import submit_job
 
     read = load_recipe(recipe)

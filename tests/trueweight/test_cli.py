@@ -1,5 +1,7 @@
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ import pytest
 
 from runtime.controller import Event, Stepped
 from runtime.segments import History
-from runtime.testing import TEXT, TINY
+from runtime.testing import TEXT, TINY, tiny_job
+from runtime.testing import train as run_job
 from runtime.worker import StageWorker
 from storage.errors import UsageError
-from storage.objects import LocalStore
+from storage.objects import LocalStore, MemoryStore
 from trueweight import cli, training
 from trueweight.interrupts import StopRequest
 from trueweight.journal import Journal
@@ -150,6 +153,37 @@ def test_ctrl_c_then_resume(
     assert told(capsys)["status"] == "finished"
 
 
+DYING = """
+import os, signal, sys
+from runtime.controller import Stepped
+from trueweight import cli, training
+
+write = training.Journal.__call__
+
+def dying(self, event):
+    write(self, event)
+    if isinstance(event, Stepped) and event.record.step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+training.Journal.__call__ = dying
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_killed_at_a_step_and_resumed(
+    recipe: Path, train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], step: int
+) -> None:
+    here = MemoryStore()
+    ended = run_job(here, tiny_job(here))
+    fixed = ["--store", str(tmp_path / "store"), "--keys", str(tmp_path / "keys"), "--local"]
+    code = DYING.format(step=step)
+    killed = subprocess.run([sys.executable, "-c", code, "run", str(recipe), *fixed], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert train("resume", "tiny", "--json") == 0
+    assert told(capsys)["state"] == ended.state_root.hex()
+
+
 def test_second_ctrl_c_aborts() -> None:
     lines: list[str] = []
     before = signal.getsignal(signal.SIGINT)
@@ -176,6 +210,15 @@ def test_a_loss_that_is_not_a_number(
     assert "Traceback" not in errors
     assert cli.main(["runs", "--store", str(tmp_path / "store"), "--json"]) == 0
     assert told(capsys)["runs"][0]["status"] == "failed"
+
+
+def test_the_keys_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipe", "--json"]) == 0
+    keys = {(row["table"], row["key"]): row for row in told(capsys)["keys"]}
+    assert keys["[training]", "steps"]["default"] == ""
+    assert keys["[arithmetic]", "slices"]["default"] == "2"
+    assert cli.main(["recipe"]) == 0
+    assert "[model] family = 'convnet'" in capsys.readouterr().out
 
 
 def test_prepare_trains_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
