@@ -34,7 +34,7 @@ class Progress:
         match event:
             case Assembled(workers=workers):
                 self._workers = len(workers)
-                self._say(f"{len(workers)} workers: {' '.join(workers)}")
+                self._say(f"{counted(len(workers), 'worker')}: {' '.join(workers)}")
             case Ready(step=step, state_root=root):
                 self._first, self._since, self._shown = step, self._clock(), float("-inf")
                 self._say(f"state before step {step}: {root.hex()}")
@@ -72,11 +72,16 @@ class Progress:
         left = duration((self._steps - done) * each)
         return (
             f"step {done}/{self._steps}  loss {mean_loss(record):.4f}{self._validation}  "
-            f"{self._items / each:,.0f} {self._unit}/s  {self._workers} workers  {left} left"
+            f"{self._items / each:,.0f} {self._unit}/s  {counted(self._workers, 'worker')}  {left} left"
         )
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def counted(number: int, what: str) -> str:
+    """`1 worker`, `2 workers`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def duration(seconds: float) -> str:
