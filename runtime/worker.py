@@ -28,7 +28,7 @@ ChunkRoots = dict[tuple[str, Chunk], bytes]
 """Merkle roots of chunks by key (`gradient`, `weight` or an optimiser slot) and chunk."""
 
 
-class StepFault(FailureError):  # noqa: N818 - reads as what happened
+class StepFault(FailureError):
     """An operator met a NaN, an infinity or an overflow: names step, place, operator and element."""
 
 

@@ -20,11 +20,11 @@ class FailureError(TrueweightError):
     """The environment failed: a disk, a network, a device, an object that is gone or damaged."""
 
 
-class Conflict(FailureError):  # noqa: N818 - reads as the state found
+class Conflict(FailureError):
     """A compare-and-swap found another value than the expected one: somebody else moved the reference."""
 
 
-class MissingObject(FailureError):  # noqa: N818 - reads as the state found
+class MissingObject(FailureError):
     """The store has no object of this digest; `digest` is lower-case hex."""
 
     def __init__(self, message: str, *, digest: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -166,40 +167,35 @@ def _tensors(
     recipe: Recipe, blocks: Sequence[nn.Module], programs: _Programs, progress: Progress
 ) -> tuple[TensorSpec, ...]:
     parameters, decay, initial = named_parameters(blocks), decayed(blocks), initialisers(blocks)
-    updates: dict[tuple[int, bool], Program] = {}
-    initials: dict[tuple[int, Init], Program] = {}
 
-    def start(n: int, kind: Init, values: np.ndarray) -> Program:
-        if kind.kind == "given":
-            return initial_program(n, kind, values)
-        if (n, kind) not in initials:
-            initials[n, kind] = initial_program(n, kind, values)
-        return initials[n, kind]
+    @cache
+    def drawn(kind: Init, n: int) -> Program:
+        return initial_program(n, kind, np.empty(0, np.float32))
 
-    def update(n: int, decays: bool) -> Program:
-        if (n, decays) not in updates:
-            updates[n, decays] = optimiser.update_program(
-                n,
-                micro_batches=recipe.training.micro_batches,
-                steps=recipe.training.steps,
-                decay=decays,
-                optimiser=recipe.optimiser,
-                schedule=recipe.schedule,
-            )
-        return updates[n, decays]
+    @cache
+    def update(decays: bool, n: int) -> Program:
+        return optimiser.update_program(
+            n,
+            micro_batches=recipe.training.micro_batches,
+            steps=recipe.training.steps,
+            decay=decays,
+            optimiser=recipe.optimiser,
+            schedule=recipe.schedule,
+        )
 
     specs = []
     for index, name in enumerate(sorted(parameters)):
         progress("lowering the update", index / len(parameters))
-        values = parameters[name].detach().numpy()
+        kind, values = initial[name], parameters[name].detach().numpy()
+        given = partial(initial_program, initial=kind, values=values)
         lengths = list(chunk_lengths(values.size))
         specs.append(
             TensorSpec(
                 name=name,
                 shape=values.shape,
                 decay=decay[name],
-                initial=programs.sized(lengths, lambda n, i=initial[name], v=values: start(n, i, v)),  # type: ignore[misc]
-                update=programs.sized(lengths, lambda n, d=decay[name]: update(n, d)),  # type: ignore[misc]
+                initial=programs.sized(lengths, given if kind.kind == "given" else partial(drawn, kind)),
+                update=programs.sized(lengths, partial(update, decay[name])),
             )
         )
     return tuple(specs)

@@ -17,7 +17,7 @@ Observer = Callable[[int, np.ndarray], None]
 """Called with an operator's number and its output, in order: how a traced run reports every operator."""
 
 
-class ArithmeticFault(FailureError):  # noqa: N818 - reads as what happened
+class ArithmeticFault(FailureError):
     """An operator met a value that the arithmetic refuses (NaN, infinity, out of range, index outside)."""
 
     def __init__(self, *, operator: int, opcode: str, label: str, element: int, value: float, reason: str) -> None:

@@ -33,7 +33,7 @@ EXACT_TERMS = 4096
 """A float32 product of digits within +-64 is exact up to this many terms: 64 * 64 * 4096 = 2^24."""
 
 
-class Refused(Exception):  # noqa: N818 - becomes an ArithmeticFault where the operator's number is known
+class Refused(Exception):
     """A meaning met a value outside its domain."""
 
     def __init__(self, reason: str, values: Tensor, bad: Tensor) -> None:

@@ -33,7 +33,7 @@ DTYPE: Mapping[torch.dtype, str] = {
 }
 
 
-class Unsupported(Exception):  # noqa: N818 - becomes a UsageError where the operator's source is known
+class Unsupported(Exception):
     """A rule exists, but not for these arguments."""
 
 
