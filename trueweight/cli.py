@@ -4,6 +4,7 @@ import secrets
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +12,11 @@ import typer
 from rich.console import Console
 from typer.exceptions import TyperException
 
-from runtime import recipe_keys
+from runtime import executors, recipe_keys
 from runtime.controller import Ended, Job
+from runtime.doctor import examine
 from runtime.plan import Plan, make_plan
+from runtime.program import vectors
 from runtime.recipe import load_recipe
 from runtime.segments import FINISHED, History
 from storage.errors import FailureError, TrueweightError, UsageError
@@ -220,6 +223,31 @@ def audit_command(
     else:
         _print_audit(console, told, report.segments)
     return reports.VERDICTS[type(report.verdict)][1]
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> int:
+    """Check that this machine computes exactly.
+
+    Runs the known-answer vectors of every operator on each device found and compares bytes; then measures how fast it
+    is. Exit code 1 where a device misses one, with the operators, the element and both bytes.
+
+    \b
+    trueweight doctor
+    trueweight doctor --json
+    """
+    examined = list(examine(executors.found(), vectors.load()))
+    if as_json:
+        print_json({"executors": [asdict(one) for one in examined]})
+    else:
+        rows = [{**asdict(one), "verdict": "wrong" if one.failure else "exact"} for one in examined]
+        columns = {"executor": "executor", "vectors": "vectors", "verdict": "verdict"}
+        columns |= {"product_gops": "digit products (GOP/s)", "memory_gbs": "memory (GB/s)"}
+        print(reports.table(rows, columns))
+    for one in examined:
+        if one.failure:
+            print(f"{one.executor}: {one.failure}; give this device no exact work", file=sys.stderr)
+    return 1 if any(one.failure for one in examined) else 0
 
 
 @app.command("recipe")
