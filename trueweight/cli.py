@@ -140,6 +140,7 @@ def show(name: RunName, store: StoreFolder = ".trueweight", as_json: AsJson = Fa
     console = Console()
     for key in ("run", "status", "run_digest", "recipe", "data", "program", "initial_state", "state", "steps"):
         say(console, f"{key.replace('_', ' '):14}{report[key]}")
+    say(console, f"{'loss':14}{reports.curve([row['loss'] for row in report['losses']])}")
     columns = {"index": "segment", "first_step": "from step", "steps": "steps", "prestate": "prestate"}
     columns |= {"poststate": "poststate", "first_loss": "first loss", "last_loss": "last loss"}
     for rows, heads in (

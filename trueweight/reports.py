@@ -1,6 +1,7 @@
 """What commands say about runs and audits: JSON values for programs, tables for people."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from runtime.segments import History, run_names
@@ -156,6 +157,17 @@ def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
         ).rstrip()
         for line in cells
     )
+
+
+def curve(values: Sequence[float], width: int = 60) -> str:
+    """The values as a line of blocks, lowest to highest, between the first and the last; means where they are many."""
+    if not values:
+        return "-"
+    parts = [values[len(values) * i // width : len(values) * (i + 1) // width] for i in range(width)]
+    means = [sum(part) / len(part) for part in parts if part]
+    low, high = min(means), max(means)
+    blocks = "".join("▁▂▃▄▅▆▇█"[int(7.999 * (mean - low) / (high - low))] if high > low else "▄" for mean in means)
+    return f"{values[0]:.4f} {blocks} {values[-1]:.4f}"
 
 
 def cell(value: Any) -> str:

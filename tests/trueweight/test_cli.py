@@ -16,7 +16,7 @@ from runtime.testing import train as run_job
 from runtime.worker import StageWorker
 from storage.errors import UsageError
 from storage.objects import LocalStore, MemoryStore
-from trueweight import cli, training
+from trueweight import cli, reports, training
 from trueweight.interrupts import StopRequest
 from trueweight.journal import Journal
 from trueweight.locks import Lock, check_lock, read_lock, write_lock
@@ -289,6 +289,13 @@ def test_a_lock_names_the_root_that_differs(tmp_path: Path) -> None:
     (tmp_path / "lock.toml").write_text("recipe = 'aa'")
     with pytest.raises(UsageError, match="KeyError"):
         read_lock(tmp_path / "lock.toml")
+
+
+def test_loss_curves() -> None:
+    assert reports.curve([]) == "-"
+    assert reports.curve([2.0]) == "2.0000 ▄ 2.0000"
+    assert reports.curve([4.0, 3.0, 2.0, 1.0], width=4) == "4.0000 █▆▃▁ 1.0000"
+    assert reports.curve([4.0, 4.0, 1.0, 1.0], width=2) == "4.0000 █▁ 1.0000"
 
 
 def test_durations() -> None:
