@@ -390,6 +390,8 @@ def _print_audit(console: Console, told: dict[str, Any], segments: Sequence[Segm
         columns |= {"poststate": "poststate", "receipts": "receipts", "verdict": "verdict"}
         say(console, reports.table(told["segments"], columns))
     say(console, f"replayed {told['replayed']} of {told['total']} segments" + _drawn(told["seed"]))
+    if told["total"] < told["planned"]:
+        say(console, f"the run has committed {told['total']} of the {told['planned']} segments of its recipe")
     for chance in told["missed"]:
         if chance["probability"]:
             say(console, f"chance of missing {chance['forged_segments']} forged segments: {chance['probability']:.1%}")

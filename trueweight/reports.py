@@ -125,6 +125,7 @@ def audit_report(report: AuditReport, *, seed: int | None) -> dict[str, Any]:
         **verdict_report(report.verdict),
         "replayed": replayed,
         "total": report.total,
+        "planned": report.planned,
         "seed": seed,
         "missed": [
             {"forged_segments": count, "probability": miss_probability(report.total, replayed, count)}

@@ -5,7 +5,7 @@ missing or damaged object, a full memory, a program that this version cannot rea
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from runtime.segments import History
 from runtime.worker import StepFault
@@ -65,12 +65,16 @@ class SegmentAudit:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditReport:
-    """The verdicts of an audit. `total` is how many segments the run has committed."""
+    """The verdicts of an audit. `total` is how many segments the run has committed, `planned` how many its recipe has.
+
+    A match covers what is committed: a run that stops early is not a forgery. `planned` is 0 where it is not known.
+    """
 
     run: str
     run_digest: str
     total: int
     segments: tuple[SegmentAudit, ...]
+    planned: int = 0
     verdict: Verdict
 
 
@@ -108,7 +112,8 @@ def audit(
         verdict = other or Inconclusive(reason="the run has not committed a segment yet")
         return _report(history, len(segments), [], verdict)
     audited = [_audit_segment(history, machine, segments, index, observe) for index in wanted]
-    return _report(history, len(segments), audited, overall(result.verdict for result in audited))
+    report = _report(history, len(segments), audited, overall(result.verdict for result in audited))
+    return replace(report, planned=machine.feed.segments)
 
 
 def overall(verdicts: Iterable[Verdict]) -> Verdict:

@@ -317,6 +317,13 @@ def test_no_memory_is_inconclusive(honest: MemoryStore) -> None:
     assert verdict == Inconclusive(reason="MemoryError")
 
 
+def test_a_match_says_how_much_of_the_recipe_is_committed() -> None:
+    store = MemoryStore()
+    train(store, tiny_job(store), stop_before=4)
+    report = audited(store)
+    assert (report.verdict, report.total, report.planned) == (Match(), 2, 3)
+
+
 def test_a_run_without_a_segment_is_inconclusive() -> None:
     store = MemoryStore()
     train(store, tiny_job(store), stop_before=1, group=local_group())
