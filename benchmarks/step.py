@@ -1,6 +1,6 @@
-"""Where a training step's time goes on the reference executor, primitive by primitive, beside PyTorch float32.
+"""A training step on the reference and the compiled executor beside PyTorch float32, and where its time goes.
 
-Whole steps of a recipe on one local worker with one thread, alternating with the same step in PyTorch; medians.
+Whole steps of a recipe on one local worker with one thread, all three in turn; medians after a step that warms up.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from benchmarks.baseline import train_baseline
 from benchmarks.harness import Row, main
 from benchmarks.local import RECIPES, lowered, weights_of
+from runtime.executors import compiled
 from runtime.program.build import chain_of
 from runtime.program.reference import ReferenceExecutor
 from runtime.recipe import load_recipe
@@ -37,30 +38,38 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Medians of a whole step, then seconds a step by primitive in descending order."""
+    """Medians of a whole step on each side, then seconds a step by primitive in descending order."""
     torch.set_num_threads(1)
-    recipe = load_recipe(arguments.recipe)
+    recipe, steps = load_recipe(arguments.recipe), arguments.steps
     run = lowered(recipe, arguments.recipe.parent)
     profile: dict[str, float] = {}
-    crew = run.crew(executor=lambda _: ReferenceExecutor(profile=profile))
-    initialise(crew)
-    plain = train_baseline(recipe, chain_of(recipe, run.dataset), weights_of(crew), run.feed.batch, arguments.steps + 1)
-    exact_times, plain_times = [], []
-    for step in range(arguments.steps + 1):
+    crews = {
+        "reference executor": run.crew(executor=lambda _: ReferenceExecutor(profile=profile)),
+        "compiled executor": run.crew(threads=1, executor=compiled),
+    }
+    for crew in crews.values():
+        initialise(crew)
+    start = weights_of(crews["reference executor"])
+    plain = train_baseline(recipe, chain_of(recipe, run.dataset), start, run.feed.batch, steps + 1)
+    times: dict[str, list[float]] = {name: [] for name in (*crews, "PyTorch float32")}
+    for step in range(steps + 1):
         batch = run.feed.batch(step)
         if step == 1:
             profile.clear()
-        exact_times.append(seconds(partial(train_step, crew, run=bytes(32), step=step, batch=batch)))
-        plain_times.append(seconds(lambda: next(plain)))
-    exact, float32 = statistics.median(exact_times[1:]), statistics.median(plain_times[1:])
-    yield Row(name="exact step, reference executor", value=exact, unit="s")
-    yield Row(name="the same step, PyTorch float32", value=float32, unit="s")
-    ratios = [a / b for a, b in zip(exact_times[1:], plain_times[1:], strict=True)]
-    yield Row(name="exact / float32, median of pairs", value=statistics.median(ratios), unit="x")
+        for name, crew in crews.items():
+            times[name].append(seconds(partial(train_step, crew, run=bytes(32), step=step, batch=batch)))
+        times["PyTorch float32"].append(seconds(lambda: next(plain)))
+    measured = {name: found[1:] for name, found in times.items()}
+    for name, found in measured.items():
+        yield Row(name=f"step, {name}", value=statistics.median(found), unit="s")
+    for name in crews:
+        ratios = [a / b for a, b in zip(measured[name], measured["PyTorch float32"], strict=True)]
+        yield Row(name=f"{name} / float32, median of pairs", value=statistics.median(ratios), unit="x")
+    yield Row(name="compiled executor: first step, compilation included", value=times["compiled executor"][0], unit="s")
     for name, spent in sorted(profile.items(), key=lambda item: -item[1]):
-        yield Row(name=f"primitive {name}", value=spent / arguments.steps, unit="s")
-    other = sum(exact_times[1:]) - sum(profile.values())
-    yield Row(name="sums of gradients, hashing, everything else", value=other / arguments.steps, unit="s")
+        yield Row(name=f"reference, primitive {name}", value=spent / steps, unit="s")
+    other = sum(measured["reference executor"]) - sum(profile.values())
+    yield Row(name="reference, gradient sums, hashing, everything else", value=other / steps, unit="s")
 
 
 if __name__ == "__main__":

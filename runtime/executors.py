@@ -4,17 +4,36 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from runtime.program.executor import Executor
+from storage.errors import UsageError
+
+Make = Callable[[int], Executor]
+"""Makes an executor on this machine's CPU with so many threads, 0 for torch's own choice."""
 
 
 def reference(threads: int) -> Executor:
-    """The reference executor on this machine's CPU with `threads` threads, 0 for torch's own choice."""
-    import torch
-
+    """The reference executor: the executable specification, one primitive at a time."""
     from runtime.program.reference import ReferenceExecutor
 
-    if threads:
-        torch.set_num_threads(threads)
+    _set_threads(threads)
     return ReferenceExecutor()
+
+
+def compiled(threads: int) -> Executor:
+    """The compiled executor: the same bytes from fused loops, which it compiles when it first meets them."""
+    from runtime.program.compiled import CompiledExecutor
+
+    _set_threads(threads)
+    return CompiledExecutor()
+
+
+BY_NAME: Mapping[str, Make] = {"reference": reference, "compiled": compiled}
+
+
+def named(name: str) -> Make:
+    """What makes the executor of that name; UsageError listing the names where there is none."""
+    if name not in BY_NAME:
+        raise UsageError(f"executor {name!r}: expected one of {', '.join(BY_NAME)}; correct --executor")
+    return BY_NAME[name]
 
 
 def found() -> Mapping[str, Callable[[], Executor]]:
@@ -23,5 +42,13 @@ def found() -> Mapping[str, Callable[[], Executor]]:
 
     from runtime.program.reference import ReferenceExecutor
 
-    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    return {f"reference on {device}": partial(ReferenceExecutor, device) for device in devices}
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    on_cpu = {f"{name} on cpu": partial(make, 1) for name, make in BY_NAME.items()}
+    return on_cpu | {f"reference on {device}": partial(ReferenceExecutor, device) for device in gpus}
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)

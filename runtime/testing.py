@@ -8,7 +8,7 @@ import numpy as np
 
 from runtime.controller import Controller, Ended, Event, Job, Stepped
 from runtime.data import open_dataset, prepare
-from runtime.executors import reference
+from runtime.executors import Make, reference
 from runtime.feed import Feed
 from runtime.groups import LocalGroup, WorkerGroup
 from runtime.plan import Plan, make_plan
@@ -102,9 +102,9 @@ def train(
     ).run()
 
 
-def local_group() -> LocalGroup:
-    """Workers with reference executors in this process."""
-    return LocalGroup(worker_builder(reference))
+def local_group(make: Make = reference) -> LocalGroup:
+    """Workers in this process, with reference executors unless told otherwise."""
+    return LocalGroup(worker_builder(make))
 
 
 def plan_for(job: Job, *, stages: int = 1, replicas: int = 1, shares: tuple[int, ...] | None = None) -> Plan:

@@ -19,6 +19,7 @@ from runtime.plan import Plan, make_plan
 from runtime.program import vectors
 from runtime.recipe import load_recipe
 from runtime.segments import FINISHED, History
+from runtime.worker import worker_builder
 from storage.errors import FailureError, TrueweightError, UsageError
 from trueweight import reports, wiring
 from trueweight.console import console_for, print_json, say, teller, writer
@@ -45,6 +46,7 @@ Replicas = Annotated[int, typer.Option(help="Replicas of each stage.")]
 Stages = Annotated[int, typer.Option(help="Pipeline stages.")]
 Shares = Annotated[str, typer.Option(help="Micro-batches by replica, such as 3,1; even without.")]
 Threads = Annotated[int, typer.Option(help="Threads of a worker; 0 is all that torch sees.")]
+ExecutorName = Annotated[str, typer.Option("--executor", help="reference or compiled: the same bytes.")]
 Address = Annotated[str | None, typer.Option(help="A Ray cluster, HOST:PORT; else RAY_ADDRESS; else one is started.")]
 Local = Annotated[bool, typer.Option("--local", help="Run the workers in this process, without Ray.")]
 Keys = Annotated[str, typer.Option(metavar="DIR", help="Folder of each host's worker key.")]
@@ -60,6 +62,7 @@ def run(
     stages: Stages = 1,
     shares: Shares = "",
     threads: Threads = 1,
+    executor: ExecutorName = "reference",
     address: Address = None,
     local: Local = False,
     lock: LockFile = None,
@@ -83,7 +86,7 @@ def run(
     make_plan(blocks=max(stages, 1), stages=stages, replicas=replicas, micro_batches=1, shares=parts)
     objects = wiring.open_folder(store, create=True)
     chosen = wiring.choose_name(objects, name, default=read.name)
-    with wiring.worker_group(local=local, address=address, tell=teller(console)) as group:
+    with wiring.worker_group(local=local, address=address, executor=executor, tell=teller(console)) as group:
         job = wiring.prepare_job(objects, read, name=chosen, folder=recipe.parent, tell=teller(console))
         if expected and lock:
             check_lock(expected, wiring.found_roots(job), lock)
@@ -101,6 +104,7 @@ def resume(
     stages: Stages = 1,
     shares: Shares = "",
     threads: Threads = 1,
+    executor: ExecutorName = "reference",
     address: Address = None,
     local: Local = False,
     lock: LockFile = None,
@@ -125,7 +129,7 @@ def resume(
         position = history.position()
         ended = Ended(status=FINISHED, step=position.next_step, state_root=position.poststate)
     else:
-        with wiring.worker_group(local=local, address=address, tell=teller(console)) as group:
+        with wiring.worker_group(local=local, address=address, executor=executor, tell=teller(console)) as group:
             training = Training(console=console, store=objects, job=job, keys=keys, threads=threads)
             ended = training.run(group, plan, history)
     return report_end(console, ended, job, as_json=as_json, store=store, lock=(lock, expected))
@@ -176,6 +180,7 @@ def audit_command(
     sample_count: Annotated[int, typer.Option("--sample", help="Replay this many, drawn at random (1 without).")] = 0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sample, to draw the same one again.")] = None,
     threads: Threads = 1,
+    executor: ExecutorName = "reference",
     as_json: AsJson = False,
 ) -> int:
     """Replay segments from their stored state and compare.
@@ -191,7 +196,7 @@ def audit_command(
     trueweight audit quickstart --segments 0,3
     trueweight audit quickstart --all --json
     """
-    console = console_for(as_json)
+    console, make = console_for(as_json), executors.named(executor)
     if sum((every, bool(segments), bool(sample_count))) > 1 or sample_count < 0:
         raise UsageError("audit: expected one of --all, --segments 3,7 and --sample 2; drop the others")
     sampling = not every and not segments
@@ -215,7 +220,7 @@ def audit_command(
         objects,
         name,
         choose,
-        replay=lambda history: Replay(objects, history.run, threads=threads),
+        replay=lambda history: Replay(objects, history.run, threads=threads, build=worker_builder(make)),
         observe=teller(console) if as_json or console.is_terminal else lambda _: None,
     )
     told = reports.audit_report(report, seed=drawn)
@@ -311,6 +316,7 @@ def submit(
     stages: Stages = 1,
     shares: Shares = "",
     threads: Threads = 1,
+    executor: ExecutorName = "reference",
     lock: LockFile = None,
     as_json: AsJson = False,
 ) -> int:
@@ -329,6 +335,7 @@ def submit(
     read = load_recipe(recipe)
     files, modules = wiring.recipe_files(read, recipe)
     arguments = ["--store", store, "--replicas", str(replicas), "--stages", str(stages), "--threads", str(threads)]
+    arguments += ["--executor", executor]
     arguments += ["--shares", shares] if _shares(shares) else []
     arguments += ["--name", name] if name else []
     if lock:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from runtime.controller import Job
 from runtime.data import open_dataset, prepare
+from runtime.executors import named
 from runtime.feed import Feed
 from runtime.groups import LocalGroup, WorkerGroup
 from runtime.program.training import TrainingProgram
@@ -70,24 +71,24 @@ def stored_job(store: Store, history: History) -> Job:
 
 
 @contextmanager
-def worker_group(*, local: bool, address: str | None, tell: Tell) -> Iterator[WorkerGroup]:
+def worker_group(*, local: bool, address: str | None, executor: str, tell: Tell) -> Iterator[WorkerGroup]:
     """A group to start workers in: this process, the Ray cluster that is named, or one that lives for the occasion."""
+    make = named(executor)
     if local:
         if address:
             raise UsageError(
                 "--local runs in this process, --address in a cluster: expected one of them; drop the other"
             )
-        from runtime.executors import reference
         from runtime.worker import worker_builder
 
-        yield LocalGroup(worker_builder(reference))
+        yield LocalGroup(worker_builder(make))
         return
     from runtime.actors.cluster import joined
     from runtime.actors.group import RayGroup
 
     with joined(address) as cluster:
         tell(f"Ray {'started' if cluster.started else 'joined'} at {cluster.address}: {cluster.cpus:g} CPUs")
-        yield RayGroup(cpus=cluster.cpus)
+        yield RayGroup(cpus=cluster.cpus, executor=executor)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,12 +25,12 @@ class WorkerActor:
         """(the Trueweight version here, this host's name)."""
         return VERSION, socket.gethostname()
 
-    def open(self, config: bytes) -> None:
-        """Build the worker from its encoded WorkerConfig."""
-        from runtime.executors import reference
+    def open(self, config: bytes, executor: str) -> None:
+        """Build the worker from its encoded WorkerConfig, with the executor of that name."""
+        from runtime.executors import named
         from runtime.worker import worker_builder
 
-        self._worker = worker_builder(reference)(config)
+        self._worker = worker_builder(named(executor))(config)
 
     def call(self, method: str, returns: int | None, *args: Any) -> Any:
         """The worker's method; with `returns` its tuple of results, which Ray keeps apart."""
@@ -41,8 +41,16 @@ class WorkerActor:
 class RayGroup:
     """Workers as actors of the cluster that this process is connected to (`runtime.actors.cluster`)."""
 
-    def __init__(self, *, cpus: float, actor: type[WorkerActor] = WorkerActor, timeout: float = START_SECONDS) -> None:
+    def __init__(
+        self,
+        *,
+        cpus: float,
+        executor: str = "reference",
+        actor: type[WorkerActor] = WorkerActor,
+        timeout: float = START_SECONDS,
+    ) -> None:
         self._cpus = cpus
+        self._executor = executor
         self._actor = actor
         self._timeout = timeout
         self._actors: dict[str, Any] = {}
@@ -55,7 +63,10 @@ class RayGroup:
         found = self._wait({worker: actor.version.remote() for worker, actor in self._actors.items()}, share)
         for worker, (version, host) in found.items():
             require_version(worker, host, version)
-        self._wait({worker: self._actors[worker].open.remote(config) for worker, config in configs.items()}, share)
+        opened = {
+            worker: self._actors[worker].open.remote(config, self._executor) for worker, config in configs.items()
+        }
+        self._wait(opened, share)
 
     def _wait(self, references: dict[str, Any], share: float) -> dict[str, Any]:
         """The values by worker, within the time limit."""
