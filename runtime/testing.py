@@ -16,7 +16,7 @@ from runtime.program.training import TrainingProgram
 from runtime.recipe import Recipe, parse_recipe
 from runtime.segments import History, run_names
 from runtime.transition import StateView, assemble, crew_names, initialise, restore
-from runtime.worker import worker_builder
+from runtime.worker import StageWorker, worker_builder
 from storage.objects import MemoryStore, Store
 
 TINY = """
@@ -105,6 +105,18 @@ def train(
 def local_group(make: Make = reference) -> LocalGroup:
     """Workers in this process, with reference executors unless told otherwise."""
     return LocalGroup(worker_builder(make))
+
+
+def workers_of(kind: type[StageWorker]) -> LocalGroup:
+    """Workers in this process that are of another class: what cheats and faults are made of."""
+    build = worker_builder(reference)
+
+    def made(config: bytes) -> StageWorker:
+        worker = build(config)
+        worker.__class__ = kind
+        return worker
+
+    return LocalGroup(made)
 
 
 def plan_for(job: Job, *, stages: int = 1, replicas: int = 1, shares: tuple[int, ...] | None = None) -> Plan:

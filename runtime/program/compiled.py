@@ -23,6 +23,9 @@ from runtime.program.reference import TORCH, ReferenceExecutor, Refused, Tensor
 
 Shape = tuple[int, ...]
 
+READ_THROUGH = ("literal", "reshape", "broadcast")
+"""What a loop takes its operands from without their being made."""
+
 
 @dataclass(frozen=True)
 class Single:
@@ -94,9 +97,10 @@ def _steps(program: Program) -> list[Step]:
 
 
 def _needed(program: Program, made: Mapping[Any, Kernel], singles: Mapping[int, list[int]]) -> set[int]:
-    """Values that somebody reads: a literal or a broadcast that every loop reads through is never made."""
+    """Values that have to be made: all but literals and views that every loop reads through, which cannot fault."""
     first = len(program.inputs)
     needed = {*program.outputs, *(value for kernel in made.values() for value, _ in kernel.inputs)}
+    needed |= {first + n for numbers in singles.values() for n in numbers if program.ops[n].name not in READ_THROUGH}
     for number in sorted((n for numbers in singles.values() for n in numbers), reverse=True):
         if first + number in needed:
             needed.update(program.ops[number].inputs)

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from runtime.controller import Assembled, Committed, Controller, Ended, Event, Job, Ready, Stepped
-from runtime.executors import reference
-from runtime.groups import LocalGroup, require_version
+from runtime.groups import require_version
 from runtime.integers import ExactSum
 from runtime.plan import make_plan
 from runtime.segments import History, free_name, head_name, run_names
-from runtime.testing import check_worker_group, local_group, plan_for, tiny_job, tiny_program, train
+from runtime.testing import check_worker_group, local_group, plan_for, tiny_job, tiny_program, train, workers_of
 from runtime.version import VERSION
-from runtime.worker import StageWorker, worker_builder
+from runtime.worker import StageWorker
 from storage import merkle
 from storage.checkpoints import load_state
 from storage.codec import decode, encode
@@ -141,17 +140,6 @@ class FaultyWorker(StageWorker):
             huge = ExactSum(np.full(self._layout.length(chunk), 2**62))
             bundles = ({chunk: huge}, {chunk: huge})
         return super().reduce(step, *bundles)  # type: ignore[arg-type]
-
-
-def workers_of(kind: type[StageWorker]) -> LocalGroup:
-    build = worker_builder(reference)
-
-    def made(config: bytes) -> object:
-        worker = build(config)
-        worker.__class__ = kind
-        return worker
-
-    return LocalGroup(made)
 
 
 def test_a_fault_names_step_and_place_and_leaves_the_last_checkpoint(reference_run: tuple[Ended, History]) -> None:

@@ -4,14 +4,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from runtime.executors import reference
 from runtime.feed import Batch, Feed
-from runtime.groups import LocalGroup
 from runtime.program.encoding import ProgramRecord
 from runtime.program.training import TrainingFile
 from runtime.segments import History, Position
-from runtime.testing import local_group, plan_for, tiny_job, train
-from runtime.worker import StageWorker, worker_builder
+from runtime.testing import local_group, plan_for, tiny_job, train, workers_of
+from runtime.worker import StageWorker
 from storage.checkpoints import load_state, open_checkpoint, save_state
 from storage.codec import decode, encode
 from storage.errors import UsageError
@@ -119,17 +117,6 @@ class OtherBatch(Feed):
         return super().batch(4 if step == 3 else step)
 
 
-def cheats(kind: type[StageWorker]) -> LocalGroup:
-    build = worker_builder(reference)
-
-    def cheating(config: bytes) -> StageWorker:
-        worker = build(config)
-        worker.__class__ = kind
-        return worker
-
-    return LocalGroup(cheating)
-
-
 @pytest.mark.parametrize(
     ("kind", "field"),
     [(OtherRate, "state_root"), (Skipping, "state_root"), (LessWork, "state_root"), (OtherInputs, "loss")],
@@ -137,7 +124,7 @@ def cheats(kind: type[StageWorker]) -> LocalGroup:
 def test_a_cheating_worker_diverges_at_its_step(kind: type[StageWorker], field: str) -> None:
     store = MemoryStore()
     job = tiny_job(store)
-    train(store, job, group=cheats(kind), plan=plan_for(job, stages=2, replicas=2))
+    train(store, job, group=workers_of(kind), plan=plan_for(job, stages=2, replicas=2))
     report = audited(store)
     assert isinstance(report.verdict, Diverged)
     assert report.verdict.path == f"segment 1/step 3/{field}"

@@ -1,5 +1,6 @@
 """The compiled executor gives the reference executor's bytes, whatever the Program, the processor or the shapes."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -159,6 +160,18 @@ def test_a_fault_is_named_as_the_reference_names_it() -> None:
     check_same(program, [bad])
     with pytest.raises(ArithmeticFault, match=r"rint, here\): .* at element 3: got nan"):
         COMPILED.run(program, [COMPILED.put(bad)])
+
+
+@pytest.mark.parametrize("name", ["take", "rint"])
+def test_an_operator_that_nobody_reads_still_faults(name: str) -> None:
+    """The builder drops such operators; a Program from elsewhere may have them, and every executor must agree on it."""
+    b = Builder()
+    x, i = b.input("x", "f32", 3), b.input("i", "i64", 2)
+    read = b.finish([x + 1.0, b.take(x, i) if name == "take" else x.rint("i32")])
+    program = dataclasses.replace(read, outputs=read.outputs[:1])
+    inputs = [np.array([0.0, np.nan, 2.0], np.float32), np.array([0, 5])]
+    assert "expected" in outcome(REFERENCE, program, inputs)
+    check_same(program, inputs)
 
 
 @pytest.mark.slow
