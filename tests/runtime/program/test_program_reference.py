@@ -32,10 +32,13 @@ REPOSITORY = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def gpt_backward() -> tuple[Program, list[np.ndarray]]:
-    """A GPT block's backward with dropout, and inputs for it."""
+    """A GPT block's backward with dropout, and inputs for it.
+
+    Its feed-forward and its scores have 65,536 elements: torch runs an operator in one thread below 32,768.
+    """
     torch.manual_seed(0)
-    block = Layer(GptConfig(layers=1, width=48, heads=3, dropout=0.1))
-    x = torch.randn(3, 40, 48)
+    block = Layer(GptConfig(layers=1, width=64, heads=4, dropout=0.1))
+    x = torch.randn(4, 64, 64)
     made, _ = lower_block(block, x, slices=2, terms=4, name="block 0")
     weights = [p.detach().numpy() for p in block.parameters()]
     source = np.random.default_rng(1)
