@@ -1,10 +1,15 @@
 """The executors by name: the one place of the runtime that imports them."""
 
+import os
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
+from typing import TYPE_CHECKING
 
 from runtime.program.executor import Executor
-from storage.errors import UsageError
+from storage.errors import FailureError, UsageError
+
+if TYPE_CHECKING:
+    from runtime.program.vectors import Vector
 
 Make = Callable[[int], Executor]
 """Makes an executor on this machine's CPU with so many threads, 0 for torch's own choice."""
@@ -19,14 +24,40 @@ def reference(threads: int) -> Executor:
 
 
 def compiled(threads: int) -> Executor:
-    """The compiled executor: the same bytes from fused loops, which it compiles when it first meets them."""
-    from runtime.program.compiled import CompiledExecutor
+    """The compiled executor: the same bytes from fused loops and exact products; kernels are kept on disk.
+
+    FailureError where it misses a known-answer vector on this host's processor.
+    """
+    from runtime.program.compiler.executor import CompiledExecutor
 
     _set_threads(threads)
-    return CompiledExecutor()
+    executor = CompiledExecutor(threads or (os.cpu_count() or 1))
+    proven(executor)
+    return executor
 
 
-BY_NAME: Mapping[str, Make] = {"reference": reference, "compiled": compiled}
+@cache
+def _vectors() -> "list[Vector]":
+    from runtime.program.vectors import load
+
+    return load()
+
+
+def proven(executor: Executor) -> None:
+    """Returns where the executor gives the bytes of every known-answer vector; FailureError names the first it misses."""
+    from runtime.program.vectors import check
+
+    for vector in _vectors():
+        wrong = check(executor, vector)
+        if wrong is not None:
+            raise FailureError(
+                f"the compiled executor does not compute exactly on this processor: {wrong}. "
+                "See `trueweight doctor`, and use --executor reference here"
+            )
+
+
+DEFAULT = "compiled"
+BY_NAME: Mapping[str, Make] = {"compiled": compiled, "reference": reference}
 
 
 def named(name: str) -> Make:

@@ -28,6 +28,10 @@ ChunkRoots = dict[tuple[str, Chunk], bytes]
 """Merkle roots of chunks by key (`gradient`, `weight` or an optimiser slot) and chunk."""
 
 
+KEPT_MICRO_BATCHES = 2
+"""For so many micro-batches at a time a worker keeps what backward needs of forward; for others it is made again."""
+
+
 class StepFault(FailureError):
     """An operator met a NaN, an infinity or an overflow: names step, place, operator and element."""
 
@@ -56,7 +60,7 @@ class StageWorker:
             for slot in program.slots
             for chunk in self._layout.owned(self._id)
         }
-        self._inputs: dict[int, list[Any]] = {}
+        self._kept: dict[int, list[tuple[Any, Any]]] = {}
         self._sums: dict[int, ExactSum] = {}
         self._units: list[int] = []
         self._totals: dict[Chunk, Any] = {}
@@ -82,6 +86,7 @@ class StageWorker:
         if key == WEIGHT:
             self._weights[tensor] = flat.copy()
             self._handles.pop(tensor, None)
+            self._executor.forget()
             return
         for chunk in self._layout.owned(self._id):
             if chunk.tensor == tensor:
@@ -112,37 +117,43 @@ class StageWorker:
         return self._backward(step, micro_batch, self._executor.put(dy))
 
     def _forward(self, step: int, micro_batch: int, x: np.ndarray) -> Any:
-        inputs = self._inputs[micro_batch] = []
+        kept = self._kept[micro_batch] = []
         handle = self._executor.put(x)
         for block in self._blocks:
-            inputs.append(handle)
-            program = self._program.kind_of(block).forward
+            kind, parameters = self._program.kind_of(block), self._parameters(block)
+            arguments = [*parameters, handle, self._block_rng(step, micro_batch, block)]
             with _located(f"step {step}, micro-batch {micro_batch}, block {block} forward"):
-                (handle,) = self._executor.run(
-                    program, [*self._parameters(block), handle, self._block_rng(step, micro_batch, block)]
-                )
+                if len(self._kept) > KEPT_MICRO_BATCHES:
+                    made, saved = self._executor.run(kind.forward, arguments, stable=len(parameters)), None
+                else:
+                    made, saved = self._executor.forward(
+                        kind.forward, kind.backward, arguments, stable=len(parameters)
+                    )
+            kept.append((handle, saved))
+            (handle,) = made
         return handle
 
     def _backward(self, step: int, micro_batch: int, dy: Any) -> np.ndarray | None:
-        inputs = self._inputs.pop(micro_batch)
+        kept = self._kept.pop(micro_batch)
         for block in reversed(self._blocks):
             names = self._program.blocks[block].tensors
-            rng = self._block_rng(step, micro_batch, block)
+            kind, parameters, (x, saved) = self._program.kind_of(block), self._parameters(block), kept.pop()
+            arguments = [*parameters, x, self._block_rng(step, micro_batch, block), dy]
             with _located(f"step {step}, micro-batch {micro_batch}, block {block} backward"):
-                results = self._executor.run(
-                    self._program.kind_of(block).backward, [*self._parameters(block), inputs.pop(), rng, dy]
+                results = self._executor.backward(
+                    kind.forward, kind.backward, arguments, saved, stable=len(parameters)
                 )
             gradients = results[len(results) - len(names) :]
-            for name, gradient in zip(names, gradients, strict=True):
-                self._accumulate(self._index[name], self._executor.get(gradient))
+            for name, gradient, bound in zip(names, gradients, kind.gradient_bounds, strict=True):
+                self._accumulate(self._index[name], self._executor.get(gradient), bound)
             dy = results[0] if len(results) > len(names) else None
         self._units.append(micro_batch)
         return None if dy is None or not self._stage else self._executor.get(dy)
 
-    def _accumulate(self, tensor: int, gradient: np.ndarray) -> None:
+    def _accumulate(self, tensor: int, gradient: np.ndarray, bound: int | None) -> None:
         if tensor not in self._sums:
             self._sums[tensor] = ExactSum.zeros(self._layout.size(tensor))
-        self._sums[tensor].add(ExactSum(gradient.reshape(-1)))
+        self._sums[tensor].add(ExactSum(gradient.reshape(-1), bound=bound))
 
     def evaluate(self, x: np.ndarray) -> np.ndarray:
         """The stage's output without dropout; nothing is kept."""
@@ -158,8 +169,8 @@ class StageWorker:
         handle = self._executor.put(x)
         for block in self._blocks:
             with _located(f"validation, block {block}"):
-                program = self._program.kind_of(block).evaluate
-                (handle,) = self._executor.run(program, [*self._parameters(block), handle])
+                program, parameters = self._program.kind_of(block).evaluate, self._parameters(block)
+                (handle,) = self._executor.run(program, [*parameters, handle], stable=len(parameters))
         return handle
 
     # -------------------------------------------------------------------------------------------- reduce and update
@@ -237,6 +248,7 @@ class StageWorker:
         for tensor, weights in fresh.items():
             self._weights[tensor] = weights
             self._handles.pop(tensor, None)
+        self._executor.forget()
 
     def receipt(self, run: bytes, step: int) -> bytes:
         """The encoded, signed receipt of what this worker did in the step; b"" for a worker without a key."""

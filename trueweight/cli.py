@@ -46,7 +46,7 @@ Replicas = Annotated[int, typer.Option(help="Replicas of each stage.")]
 Stages = Annotated[int, typer.Option(help="Pipeline stages.")]
 Shares = Annotated[str, typer.Option(help="Micro-batches by replica, such as 3,1; even without.")]
 Threads = Annotated[int, typer.Option(help="Threads of a worker; 0 is all that torch sees.")]
-ExecutorName = Annotated[str, typer.Option("--executor", help="reference or compiled: the same bytes.")]
+ExecutorName = Annotated[str, typer.Option("--executor", help="compiled or reference: the same bytes.")]
 Address = Annotated[str | None, typer.Option(help="A Ray cluster, HOST:PORT; else RAY_ADDRESS; else one is started.")]
 Local = Annotated[bool, typer.Option("--local", help="Run the workers in this process, without Ray.")]
 Keys = Annotated[str, typer.Option(metavar="DIR", help="Folder of each host's worker key.")]
@@ -62,7 +62,7 @@ def run(
     stages: Stages = 1,
     shares: Shares = "",
     threads: Threads = 1,
-    executor: ExecutorName = "reference",
+    executor: ExecutorName = executors.DEFAULT,
     address: Address = None,
     local: Local = False,
     lock: LockFile = None,
@@ -104,7 +104,7 @@ def resume(
     stages: Stages = 1,
     shares: Shares = "",
     threads: Threads = 1,
-    executor: ExecutorName = "reference",
+    executor: ExecutorName = executors.DEFAULT,
     address: Address = None,
     local: Local = False,
     lock: LockFile = None,
@@ -180,7 +180,7 @@ def audit_command(
     sample_count: Annotated[int, typer.Option("--sample", help="Replay this many, drawn at random (1 without).")] = 0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sample, to draw the same one again.")] = None,
     threads: Threads = 1,
-    executor: ExecutorName = "reference",
+    executor: ExecutorName = executors.DEFAULT,
     as_json: AsJson = False,
 ) -> int:
     """Replay segments from their stored state and compare.
@@ -316,7 +316,7 @@ def submit(
     stages: Stages = 1,
     shares: Shares = "",
     threads: Threads = 1,
-    executor: ExecutorName = "reference",
+    executor: ExecutorName = executors.DEFAULT,
     lock: LockFile = None,
     as_json: AsJson = False,
 ) -> int:

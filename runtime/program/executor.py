@@ -37,7 +37,11 @@ def _rebuild(keywords: dict[str, Any]) -> ArithmeticFault:
 
 
 class Executor(Protocol):
-    """Runs Programs to the bytes that docs/arithmetic.md defines."""
+    """Runs Programs to the bytes that docs/arithmetic.md defines.
+
+    `stable` says how many inputs, the first ones, are parameters: handles that come again and again until `forget`. What
+    depends on them alone an executor may keep.
+    """
 
     def put(self, array: np.ndarray) -> Handle:
         """The array as a handle; the caller must not change it afterwards."""
@@ -45,5 +49,20 @@ class Executor(Protocol):
     def get(self, handle: Handle) -> np.ndarray:
         """The array of a handle, contiguous, NaN as 0x7fc00000."""
 
-    def run(self, program: Program, inputs: Sequence[Handle], observe: Observer | None = None) -> list[Handle]:
+    def run(
+        self, program: Program, inputs: Sequence[Handle], observe: Observer | None = None, *, stable: int = 0
+    ) -> list[Handle]:
         """The program's outputs; ArithmeticFault where an operator refuses a value."""
+
+    def forward(
+        self, forward: Program, backward: Program, inputs: Sequence[Handle], *, stable: int = 0
+    ) -> tuple[list[Handle], Any]:
+        """(the outputs of `forward`, what `backward` takes so as not to compute it again; None if nothing is kept)."""
+
+    def backward(
+        self, forward: Program, backward: Program, inputs: Sequence[Handle], saved: Any, *, stable: int = 0
+    ) -> list[Handle]:
+        """The outputs of `backward`, after a `forward` on the same values returned `saved`; once for each `saved`."""
+
+    def forget(self) -> None:
+        """The parameters have changed: drop what was kept for them."""

@@ -183,8 +183,10 @@ class ReferenceExecutor:
             array = np.where(np.isnan(array), np.uint32(0x7FC00000), array.view(np.uint32)).view(np.float32)
         return array
 
-    def run(self, program: Program, inputs: Sequence[Tensor], observe: Observer | None = None) -> list[Tensor]:
-        """The program's outputs, each operator's output shown to `observe` in order."""
+    def run(
+        self, program: Program, inputs: Sequence[Tensor], observe: Observer | None = None, *, stable: int = 0
+    ) -> list[Tensor]:
+        """The program's outputs, each operator's output shown to `observe` in order. Nothing is kept."""
         self._check(program, inputs)
         values: dict[int, Tensor] = dict(enumerate(inputs))
         first = len(inputs)
@@ -208,6 +210,21 @@ class ReferenceExecutor:
                 for dead in program.last_use[number]:
                     del values[dead]
         return [values[i] for i in program.outputs]
+
+    def forward(
+        self, forward: Program, backward: Program, inputs: Sequence[Tensor], *, stable: int = 0
+    ) -> tuple[list[Tensor], Any]:
+        """The outputs of `forward`, and nothing for `backward`."""
+        return self.run(forward, inputs), None
+
+    def backward(
+        self, forward: Program, backward: Program, inputs: Sequence[Tensor], saved: Any, *, stable: int = 0
+    ) -> list[Tensor]:
+        """The outputs of `backward`."""
+        return self.run(backward, inputs)
+
+    def forget(self) -> None:
+        """Nothing was kept."""
 
     def _check(self, program: Program, inputs: Sequence[Tensor]) -> None:
         if len(inputs) != len(program.inputs):

@@ -96,6 +96,16 @@ class KindSpec:
     backward: Program
     evaluate: Program
 
+    @cached_property
+    def gradient_bounds(self) -> tuple[int | None, ...]:
+        """For each parameter what its gradient's magnitudes cannot exceed, None where the Program does not say."""
+        program = self.backward
+        first = len(program.inputs)
+        made = [program.ops[v - first] if v >= first else None for v in program.outputs]
+        bounds = [2 ** op.attributes["bound"] - 1 if op is not None and op.name == "rint" else None for op in made]
+        parameters = len(program.inputs) - 3  # the others are x, rng and dy
+        return tuple(bounds[len(bounds) - parameters :])
+
 
 def chunk_lengths(elements: int) -> Iterator[int]:
     """Lengths of the chunks that a tensor of so many elements is cut into, in order."""

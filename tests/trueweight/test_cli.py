@@ -243,7 +243,7 @@ def test_prepare_trains_nothing(recipe: Path, tmp_path: Path, capsys: pytest.Cap
         (["run", "RECIPE", "--local", "--address", "1.2.3.4:5"], "drop the other"),
         (["run", "RECIPE", "--local", "--lock", "absent.lock"], "write one with `trueweight lock RUN absent.lock`"),
         (["run", "RECIPE", "--local", "--name", "a b"], "run name 'a b'"),
-        (["run", "RECIPE", "--local", "--executor", "fast"], "executor 'fast': expected one of reference, compiled"),
+        (["run", "RECIPE", "--local", "--executor", "fast"], "executor 'fast': expected one of compiled, reference"),
         (["run", "RECIPE", "--local", "--store", "FOLDER"], "is not a store"),
         (["run", "RECIPE", "--local", "--store", "s3://bucket"], "choose a local folder"),
         (["resume", "gone"], "run 'gone': expected one of the store's runs (none)"),

@@ -1,0 +1,210 @@
+"""A Program made ready for fusing: literals folded, digit products gathered, what nobody needs left out.
+
+Values keep their numbers in the Program; what is added here is numbered after them. One operator is new: `product`, a
+sum of shifted digit products whose total fits i32, with `terms` (i, j, shift) over its first `lefts` operands and the
+rest. What a matrix product needs of i64 arithmetic is then a cast of one i32 array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from runtime.program.program import Op, Program
+from runtime.program.reference import MEANING, Refused
+from runtime.program.types import NUMPY, Type
+
+ELEMENTWISE = frozenset(
+    "add sub mul div sqrt scale and or xor shl shr eq lt le select rint float cast digit bitcast".split()
+)
+REDUCTIONS = frozenset(("sum", "max"))
+VIEWS = frozenset(("reshape", "transpose", "slice", "broadcast"))
+FAULTING = frozenset(("rint", "take", "scatter_add"))
+
+DIGIT_PRODUCT = 64 * 64
+
+
+@dataclass
+class Graph:
+    """Operators by value number in an order in which they can run; `literals` are values with one known element."""
+
+    inputs: tuple[Type, ...]
+    ops: dict[int, Op]
+    outputs: tuple[int, ...]
+    literals: dict[int, tuple[str, int]]
+    program: Program
+    saved: tuple[int, ...] = ()
+    types: dict[int, Type] = field(default_factory=dict)
+
+    def users(self) -> dict[int, list[int]]:
+        """The values that read each value."""
+        found: dict[int, list[int]] = {}
+        for value, op in self.ops.items():
+            for operand in dict.fromkeys(op.inputs):
+                found.setdefault(operand, []).append(value)
+        return found
+
+
+def make_graph(program: Program, *, saved: Sequence[int] = (), given: Sequence[int] = (), known: Container[int] = ()) -> Graph:
+    """The graph of a Program that also keeps the values in `saved`, and is handed those in `given`.
+
+    Values in `known` were computed before without a fault, so none of them is computed again for its fault alone.
+    """
+    first = len(program.inputs)
+    ops = {first + number: op for number, op in enumerate(program.ops)}
+    graph = Graph(
+        inputs=tuple(t for _, t in program.inputs),
+        ops=ops,
+        outputs=program.outputs,
+        literals={},
+        program=program,
+        saved=tuple(saved),
+        types=dict(enumerate(program.types)),
+    )
+    for value in given:
+        ops.pop(value, None)
+    _prune(graph, known)
+    _fold(graph)
+    _gather(graph)
+    _prune(graph, known)
+    return graph
+
+
+def _prune(graph: Graph, known: Container[int]) -> None:
+    """Leaves out what no output needs. Operators that may fault stay: the reference would fault there too."""
+    needed = {*graph.outputs, *graph.saved}
+    needed |= {value for value, op in graph.ops.items() if op.name in FAULTING and value not in known}
+    for value in reversed(list(graph.ops)):
+        if value in needed:
+            needed.update(graph.ops[value].inputs)
+        else:
+            del graph.ops[value]
+
+
+def _fold(graph: Graph) -> None:
+    for value, op in graph.ops.items():
+        if op.name == "literal":
+            graph.literals[value] = (op.type.dtype, op.attributes["bits"])
+        elif op.inputs and all(v in graph.literals for v in op.inputs):
+            if op.name in VIEWS:
+                graph.literals[value] = graph.literals[op.inputs[0]]
+            elif op.name in ELEMENTWISE and op.type.dtype != "i8":
+                known = _evaluate(op, [graph.literals[v] for v in op.inputs])
+                if known is not None:
+                    graph.literals[value] = known
+    for value in list(graph.literals):
+        graph.ops.pop(value, None)
+
+
+def _evaluate(op: Op, operands: Sequence[tuple[str, int]]) -> tuple[str, int] | None:
+    """What the reference makes of literals; None where it refuses, so that the run faults and not this."""
+    try:
+        (made,) = (MEANING[op.name](*map(tensor_of, operands), **op.attributes),)
+    except Refused:
+        return None
+    array = made.numpy()
+    return op.type.dtype, int(array.view(np.uint32) if op.type.dtype == "f32" else array)
+
+
+def tensor_of(literal: tuple[str, int]) -> torch.Tensor:
+    """A literal as a scalar tensor."""
+    dtype, bits = literal
+    if dtype == "f32":
+        return torch.from_numpy(np.array([bits], np.uint32).view(np.float32)).reshape(())
+    return torch.from_numpy(np.array([bits], NUMPY[dtype])).reshape(())
+
+
+# ------------------------------------------------------------------------------------------------------------ products
+
+Term = tuple[int, int, int]  # left digits, right digits, shift
+
+
+def _gather(graph: Graph) -> None:
+    """Every sum of shifted digit products becomes casts of as few i32 `product`s as hold it."""
+    linear: dict[int, list[Term]] = {}
+    for value, op in graph.ops.items():
+        if op.name == "dot":
+            linear[value] = [(op.inputs[0], op.inputs[1], 0)]
+        elif op.type.dtype == "i64" and all(v in linear for v in op.inputs):
+            if op.name == "cast":
+                linear[value] = linear[op.inputs[0]]
+            elif op.name == "shl":
+                linear[value] = [(a, b, s + op.attributes["amount"]) for a, b, s in linear[op.inputs[0]]]
+            elif op.name == "add":
+                linear[value] = linear[op.inputs[0]] + linear[op.inputs[1]]
+    users = graph.users()
+    roots = {
+        v for v in linear if v in graph.outputs or v in graph.saved or any(user not in linear for user in users.get(v, ()))
+    } - set(graph.literals)
+    ops: dict[int, Op] = {}
+    fresh = max(graph.types, default=0) + 1
+    for value, op in graph.ops.items():
+        if value not in roots:
+            ops[value] = op
+            continue
+        parts: list[int] = []
+        for terms, shift in _groups(graph, linear[value]):
+            chain = [_product(op, terms)]
+            if op.type.dtype == "i64":
+                chain.append(_plain("cast", chain[-1], op, "i64", dtype="i64"))
+            if shift:
+                chain.append(_plain("shl", chain[-1], op, "i64", amount=shift))
+            for link in chain:
+                inputs = link.inputs if link.name == "product" else (fresh - 1,)
+                ops[fresh] = Op(
+                    name=link.name, inputs=inputs, attributes=link.attributes, type=link.type, label=op.label
+                )
+                graph.types[fresh] = link.type
+                fresh += 1
+            parts.append(fresh - 1)
+        while len(parts) > 1:
+            ops[fresh] = Op(name="add", inputs=(parts[0], parts[1]), attributes={}, type=op.type, label=op.label)
+            graph.types[fresh] = op.type
+            parts[:2] = [fresh]
+            fresh += 1
+        ops[value] = Op(
+            name="reshape", inputs=(parts[0],), attributes={"shape": op.type.shape}, type=op.type, label=op.label
+        )
+    graph.ops = ops
+
+
+def _plain(name: str, source: Op, root: Op, made: str, **attributes: Any) -> Op:
+    return Op(name=name, inputs=(), attributes=attributes, type=Type(made, source.type.shape), label=root.label)
+
+
+def _product(root: Op, terms: Sequence[Term]) -> Op:
+    lefts = list(dict.fromkeys(a for a, _, _ in terms))
+    rights = list(dict.fromkeys(b for _, b, _ in terms))
+    attributes = {
+        "lefts": len(lefts),
+        "terms": tuple((lefts.index(a), rights.index(b), s) for a, b, s in terms),
+    }
+    inputs = (*lefts, *rights)
+    return Op(name="product", inputs=inputs, attributes=attributes, type=Type("i32", root.type.shape), label=root.label)
+
+
+def _groups(graph: Graph, terms: Sequence[Term]) -> list[tuple[list[Term], int]]:
+    """Terms in groups that fit i32, with the shift of each group; equal K within a group."""
+    groups: list[tuple[list[Term], int]] = []
+    lengths = sorted({graph.types[a].shape[-1] for a, _, _ in terms}, reverse=True)
+    for k in lengths:
+        rest = sorted((t for t in terms if graph.types[t[0]].shape[-1] == k), key=lambda t: -t[2])
+        while rest:
+            taken = 1
+            while taken < len(rest) and _bound(rest[: taken + 1], k) < 2**31:
+                taken += 1
+            while 0 < taken < len(rest) and rest[taken - 1][2] == rest[taken][2] and taken > 1:
+                taken -= 1  # a level of equal shifts stays together where it can
+            base = rest[taken - 1][2]
+            groups.append(([(a, b, s - base) for a, b, s in rest[:taken]], base))
+            rest = rest[taken:]
+    return groups
+
+
+def _bound(terms: Sequence[Term], k: int) -> int:
+    base = min(s for _, _, s in terms)
+    return sum(DIGIT_PRODUCT * k << (s - base) for _, _, s in terms)

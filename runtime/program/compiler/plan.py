@@ -1,0 +1,274 @@
+"""From a graph to steps on buffers: kernels, packed operands, products, whole-array operators; and where buffers lie.
+
+What depends on parameters alone (`before`) is apart from what every micro-batch runs (`steps`): weights are quantised
+and packed once a step of the training. Buffers that end with a run share one arena, placed by how long each is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from runtime.program.compiler import products, vnni
+from runtime.program.compiler.axes import View, contiguous
+from runtime.program.compiler.fusion import Fusion, Literal, Single, Stage
+from runtime.program.compiler.graph import Graph
+from runtime.program.compiler.loops import Kernel, kernel
+from runtime.program.program import Op
+from runtime.program.types import NUMPY, Type
+
+ALIGNED = 64
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Elements in memory: a value's, or what a kernel made for another one."""
+
+    dtype: str
+    elements: int
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return self.elements * NUMPY[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An operator on whole arrays: operands are views, or literals with the shape that they fill."""
+
+    op: Op
+    operands: tuple[View | tuple[Literal, Type], ...]
+    output: int
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The buffers that it reads."""
+        return tuple(o.buffer for o in self.operands if isinstance(o, View))
+
+    @property
+    def writes(self) -> tuple[int, ...]:
+        """The buffer that it makes."""
+        return (self.output,)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A kernel's run: its table is the buffers read, then those written, then scratch."""
+
+    kernel: Kernel
+    kind: str
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The buffers that it reads."""
+        return self.kernel.reads
+
+    @property
+    def writes(self) -> tuple[int, ...]:
+        """The buffers that it makes."""
+        return (*self.kernel.writes, *(v for v, _, _ in self.kernel.accumulators))
+
+
+Step = Whole | Loop
+
+
+@dataclass
+class Plan:
+    """Steps of a graph. `views` says where each output and saved value lies; `dead[i]` ends with step i."""
+
+    graph: Graph
+    before: list[Step]
+    steps: list[Step]
+    buffers: dict[int, Buffer]
+    views: Mapping[int, View]
+    offsets: dict[int, int] = field(default_factory=dict)
+    arena: int = 0
+    dead: list[tuple[int, ...]] = field(default_factory=list)
+    fixed: frozenset[int] = frozenset()
+    """Buffers that `before` makes and `steps` reads."""
+
+
+class _Planner:
+    def __init__(self, graph: Graph, inputs: Mapping[int, View], stable: int) -> None:
+        self.graph = graph
+        self.fusion = Fusion(graph, dict(inputs))
+        self.buffers = {v.buffer: Buffer(graph.types[n].dtype, _span(v)) for n, v in inputs.items()}
+        self.packs: dict[tuple[View, bool], tuple[int, ...]] = {}
+        self.next = max(graph.types, default=0) + 1
+        self.early: set[int] = set()
+        self.before: list[Step] = []
+        self.steps: list[Step] = []
+        dynamic = {v for v in inputs if v >= stable}
+        for value, op in graph.ops.items():
+            if any(o in dynamic for o in op.inputs):
+                dynamic.add(value)
+        first = [v for v in graph.ops if v not in dynamic]
+        self._take(self.fusion.run(first, set()), self.before)
+        self.early = {b for step in self.before for b in step.writes} | {inputs[v].buffer for v in inputs if v < stable}
+        self._take(self.fusion.run([v for v in graph.ops if v in dynamic], set()), self.steps)
+
+    def _take(self, stages: Iterable[Stage], steps: list[Step]) -> None:
+        for stage in stages:
+            for single in stage.singles:
+                self._single(single, steps)
+            for cluster in stage.clusters:
+                made = kernel(self.fusion, cluster)
+                if made.writes or made.accumulators or any(m.op.name == "rint" for m in cluster.members.values()):
+                    for value in (*made.writes, *(v for v, _, _ in made.accumulators)):
+                        self._own(value, cluster.members[value].op.type.dtype)
+                    steps.append(Loop(made, "loops"))
+
+    def _own(self, value: int, dtype: str) -> None:
+        self.buffers[value] = Buffer(dtype, _span(self.fusion.views[value]))
+
+    def _single(self, single: Single, steps: list[Step]) -> None:
+        self.buffers[single.value] = Buffer(single.op.type.dtype, single.op.type.elements)
+        if single.op.name == "product" and products.chosen() == products.VNNI and 0 not in single.op.type.shape:
+            if self._product(single, steps):
+                return
+        operands = tuple(
+            o if isinstance(o, View) else (o, self.graph.types[v])
+            for o, v in zip(single.operands, single.op.inputs, strict=True)
+        )
+        steps.append(Whole(single.op, operands, single.value))
+
+    # ---------------------------------------------------------------------------------------------------- VNNI products
+
+    def _product(self, single: Single, steps: list[Step]) -> bool:
+        """Packs the operands and multiplies; False where an operand's matrices do not lie at even distances or K is 0."""
+        lefts, terms = single.op.attributes["lefts"], single.op.attributes["terms"]
+        views = [o for o in single.operands if isinstance(o, View)]
+        *leading, m, n = single.op.type.shape
+        k, batch = views[0].shape[-1], math.prod(leading)
+        if len(views) != len(single.operands) or k == 0:
+            return False
+        matrices = [View(v.buffer, v.offset, v.dims[-2:]).strided() for v in views]
+        if any(s is None for s in matrices):
+            return False
+        packs = [
+            self._pack(v, s[1], (k, m if i < lefts else n), i >= lefts, steps)
+            for i, (v, s) in enumerate(zip(views, matrices, strict=True))
+            if s is not None
+        ]
+        text = vnni.product(m=m, n=n, k=k, lefts=lefts, rights=len(packs) - lefts, levels=_levels(terms))
+        made = Kernel(
+            name="product",
+            text=text,
+            rows=batch * -(-m // vnni.ROWS),
+            work=batch * m * n * k,
+            reads=(*(p[0] for p in packs[:lefts]), *(p[1] for p in packs[:lefts]), *(p[0] for p in packs[lefts:])),
+            writes=(single.value,),
+            accumulators=(),
+            scratch=(),
+            label=single.op.label,
+        )
+        steps.append(Loop(made, "products"))
+        return True
+
+    def _pack(
+        self, view: View, strides: Sequence[int], sizes: tuple[int, int], right: bool, steps: list[Step]
+    ) -> tuple[int, ...]:
+        if (view, right) in self.packs:
+            return self.packs[view, right]
+        k, n = sizes
+        along = (strides[0], strides[1]) if right else (strides[1], strides[0])
+        leading = [a for dim in view.dims[:-2] for a in dim if a[0] > 1]
+        batch = math.prod(size for size, _ in leading)
+        made: tuple[int, ...] = (self._new("i8", batch * vnni.padded(n) * -(-k // 4) * 4),)
+        if not right:
+            made = (*made, self._new("i32", batch * 3 * vnni.padded(n)))
+        pack = Kernel(
+            name="pack",
+            text=vnni.pack(k=k, n=n, offset=view.offset, batch=leading, strides=along, right=right),
+            rows=batch * vnni.padded(n) // vnni.PANEL,
+            work=batch * k * n,
+            reads=(view.buffer,),
+            writes=made,
+            accumulators=(),
+            scratch=(),
+            label="",
+        )
+        (self.before if view.buffer in self.early else steps).append(Loop(pack, "packing"))
+        self.packs[view, right] = made
+        return made
+
+    def _new(self, dtype: str, elements: int) -> int:
+        self.next += 1
+        self.buffers[self.next] = Buffer(dtype, elements)
+        return self.next
+
+
+def _levels(terms: Sequence[tuple[int, int, int]]) -> list[tuple[list[tuple[int, int]], int]]:
+    """Terms by falling shift, with how far to shift after each level."""
+    shifts = sorted({s for _, _, s in terms}, reverse=True)
+    return [
+        ([(i, j) for i, j, s in terms if s == shift], shift - following)
+        for shift, following in zip(shifts, [*shifts[1:], 0], strict=True)
+    ]
+
+
+def _span(view: View) -> int:
+    """How many elements the buffer of a view has, when the view shows all of it."""
+    return math.prod(n for atoms in view.dims for n, s in atoms if s)
+
+
+def make_plan(graph: Graph, *, stable: int = 0, given: Mapping[int, View] | None = None) -> Plan:
+    """The plan of a graph whose first `stable` inputs are parameters; `given` says where handed values lie."""
+    inputs = {n: contiguous(n, t.shape) for n, t in enumerate(graph.inputs)}
+    planner = _Planner(graph, inputs | dict(given or {}), stable)
+    results = {planner.fusion.views[v].buffer for v in (*graph.outputs, *graph.saved) if v not in graph.literals}
+    made_early = {b for step in planner.before for b in step.writes}
+    read_late = {b for step in planner.steps for b in step.reads}
+    plan = Plan(
+        graph=graph,
+        before=planner.before,
+        steps=planner.steps,
+        buffers=planner.buffers,
+        views=planner.fusion.views,
+        fixed=frozenset(made_early & (read_late | results)),
+    )
+    free = {b for step in plan.steps for b in step.writes} - results
+    plan.dead = last_uses(plan.steps, free)
+    _place(plan, free)
+    return plan
+
+
+def last_uses(steps: Sequence[Step], free: set[int]) -> list[tuple[int, ...]]:
+    """For every step the buffers of `free` that no later one touches."""
+    last: dict[int, int] = {}
+    for place, step in enumerate(steps):
+        for buffer in (*step.reads, *step.writes):
+            if buffer in free:
+                last[buffer] = place
+    dead: list[list[int]] = [[] for _ in steps]
+    for buffer, place in last.items():
+        dead[place].append(buffer)
+    return [tuple(buffers) for buffers in dead]
+
+
+def _place(plan: Plan, free: set[int]) -> None:
+    """Offsets into one arena: the largest buffers first, each at the lowest place free for as long as it lives."""
+    lives: dict[int, list[int]] = {}
+    for place, step in enumerate(plan.steps):
+        if isinstance(step, Loop):
+            for buffer in step.writes:
+                if buffer in free:
+                    lives[buffer] = [place, place]
+        for buffer in step.reads:
+            if buffer in lives:
+                lives[buffer][1] = place
+    placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last
+    for buffer in sorted(lives, key=lambda b: (-plan.buffers[b].bytes, b)):
+        size = max(ALIGNED, -(-plan.buffers[buffer].bytes // ALIGNED) * ALIGNED)
+        first, last = lives[buffer]
+        offset = 0
+        for start, end, born, died in sorted(placed):
+            if born <= last and first <= died:
+                if start - offset >= size:
+                    break
+                offset = max(offset, end)
+        plan.offsets[buffer] = offset
+        placed.append((offset, offset + size, first, last))
+        plan.arena = max(plan.arena, offset + size)
