@@ -29,6 +29,13 @@ class ExactSum:
         """A sum of nothing, of `size` elements."""
         return cls(np.zeros(size, np.int64), bound=0)
 
+    def takes(self, bound: int) -> bool:
+        """Whether a part of magnitudes up to `bound` may be added to `value` directly; if so it is counted in."""
+        if self.bound + bound >= LIMIT:
+            return False
+        self.bound += bound
+        return True
+
     def add(self, part: "ExactSum") -> None:
         """Add another sum of the same size in place; `part` is left as it is."""
         self.bound += part.bound
@@ -60,7 +67,10 @@ class ExactSum:
 
 
 def sum_exactly(parts: Iterable[ExactSum], size: int) -> ExactSum:
-    """The sum of the parts, each of `size` elements."""
+    """The sum of the parts, each of `size` elements; a single part itself."""
+    parts = list(parts)
+    if len(parts) == 1:
+        return parts[0]
     total = ExactSum.zeros(size)
     for part in parts:
         total.add(part)

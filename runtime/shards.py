@@ -87,6 +87,10 @@ class Layout:
         """The chunks that a worker owns, ascending."""
         return self._owned[worker]
 
+    def holders(self, chunk: Chunk) -> tuple[str, ...]:
+        """The workers that hold a chunk's tensor, whose gradients are added for it."""
+        return tuple(worker for worker in self.plan.workers if chunk.tensor in self.holds(worker))
+
     def shared(self, owner: str, holder: str) -> tuple[Chunk, ...]:
         """The chunks that `owner` owns of tensors that `holder` holds: what travels between the two."""
         held = set(self.holds(holder))

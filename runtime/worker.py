@@ -4,7 +4,9 @@ Everything between workers is a numpy array or a digest; everything inside runs 
 integers (`runtime.integers`), so it is free who adds what, and when.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,9 +64,13 @@ class StageWorker:
         }
         self._kept: dict[int, list[tuple[Any, Any]]] = {}
         self._sums: dict[int, ExactSum] = {}
+        self._memory: dict[int, np.ndarray] = {}
+        """Where sums are kept, step after step: what `gradients` handed out is used up when the next step begins."""
         self._units: list[int] = []
         self._totals: dict[Chunk, Any] = {}
         self._gradient_root = merkle.EMPTY_ROOT
+        self._sum_roots: dict[Chunk, bytes] = {}
+        self._hashers = ThreadPoolExecutor(config.threads or os.cpu_count() or 1)
 
     # ------------------------------------------------------------------------------------------------------- state
 
@@ -140,20 +146,34 @@ class StageWorker:
             kind, parameters, (x, saved) = self._program.kind_of(block), self._parameters(block), kept.pop()
             arguments = [*parameters, x, self._block_rng(step, micro_batch, block), dy]
             with _located(f"step {step}, micro-batch {micro_batch}, block {block} backward"):
+                sums = self._open_sums(names, kind.gradient_bounds)
                 results = self._executor.backward(
-                    kind.forward, kind.backward, arguments, saved, stable=len(parameters)
+                    kind.forward, kind.backward, arguments, saved, sums, stable=len(parameters)
                 )
-            gradients = results[len(results) - len(names) :]
-            for name, gradient, bound in zip(names, gradients, kind.gradient_bounds, strict=True):
-                self._accumulate(self._index[name], self._executor.get(gradient), bound)
-            dy = results[0] if len(results) > len(names) else None
+            if not sums:
+                for name, gradient in zip(names, results[len(results) - len(names) :], strict=True):
+                    self._sum(self._index[name]).add(ExactSum(self._executor.get(gradient).reshape(-1)))
+            dy = results[0] if len(results) > (0 if sums else len(names)) else None
         self._units.append(micro_batch)
         return None if dy is None or not self._stage else self._executor.get(dy)
 
-    def _accumulate(self, tensor: int, gradient: np.ndarray, bound: int | None) -> None:
+    def _sum(self, tensor: int) -> ExactSum:
+        """The step's sum of a tensor's gradients so far."""
         if tensor not in self._sums:
-            self._sums[tensor] = ExactSum.zeros(self._layout.size(tensor))
-        self._sums[tensor].add(ExactSum(gradient.reshape(-1), bound=bound))
+            if tensor not in self._memory:
+                self._memory[tensor] = np.empty(self._layout.size(tensor), np.int64)
+            self._memory[tensor].fill(0)
+            self._sums[tensor] = ExactSum(self._memory[tensor], bound=0)
+        return self._sums[tensor]
+
+    def _open_sums(self, names: Sequence[str], bounds: Sequence[int | None]) -> list[np.ndarray]:
+        """The arrays that a backward pass may add its gradients to unseen; none where one could leave its range."""
+        if None in bounds or len(set(names)) != len(names):
+            return []
+        sums = [self._sum(self._index[name]) for name in names]
+        if not all(total.takes(bound) for total, bound in zip(sums, bounds, strict=True) if bound is not None):
+            return []
+        return [total.value for total in sums]
 
     def evaluate(self, x: np.ndarray) -> np.ndarray:
         """The stage's output without dropout; nothing is kept."""
@@ -178,7 +198,10 @@ class StageWorker:
     def gradients(self) -> tuple[Bundle, ...]:
         """One bundle of gradient sums for each of `layout.owners_for(self)`; this worker's own sums start anew."""
         sums, self._sums = self._sums, {}
-        self._gradient_root = merkle.list_root([self._gradient_entry(tensor, sums) for tensor in sorted(sums)])
+        chunks = [chunk for tensor in sorted(sums) for chunk in self._layout.chunks(tensor)]
+        roots = self._roots([sums[chunk.tensor].value[self._layout.span(chunk)] for chunk in chunks])
+        self._sum_roots = dict(zip(chunks, roots, strict=True))
+        self._gradient_root = merkle.list_root([self._gradient_entry(tensor) for tensor in sorted(sums)])
         return tuple(
             {
                 chunk: sums[chunk.tensor].part(self._layout.span(chunk))
@@ -188,24 +211,30 @@ class StageWorker:
             for owner in self._layout.owners_for(self._id)
         )
 
-    def _gradient_entry(self, tensor: int, sums: dict[int, ExactSum]) -> bytes:
+    def _gradient_entry(self, tensor: int) -> bytes:
         name, shape = self._layout.names[tensor], self._layout.shapes[tensor]
-        root = merkle.bytes_root(sums[tensor].value.data)
+        root = merkle.root([self._sum_roots[chunk] for chunk in self._layout.chunks(tensor)])
         return encode(TensorEntry(name=f"{GRADIENT}/{name}", dtype="i64", shape=shape, root=root))
+
+    def _roots(self, arrays: Sequence[np.ndarray]) -> list[bytes]:
+        """The Merkle roots of arrays, by as many threads as the worker has."""
+        return list(self._hashers.map(merkle.bytes_root, [array.data for array in arrays]))
 
     def reduce(self, step: int, *bundles: Bundle) -> tuple[int, ChunkRoots]:
         """(largest exponent of the owned gradient, root of each owned chunk of it) of the sums of all bundles."""
-        roots: ChunkRoots = {}
         exponents = []
-        for chunk in self._layout.owned(self._id):
+        owned = self._layout.owned(self._id)
+        for chunk in owned:
             length = self._layout.length(chunk)
             parts = [bundle[chunk] for bundle in bundles if chunk in bundle]
             with _located(f"step {step}, gradient of {self._layout.names[chunk.tensor]}"):
-                total = sum_exactly(parts, length).total()
-                roots[GRADIENT, chunk] = merkle.bytes_root(total.data)
-                self._totals[chunk] = self._executor.put(total)
+                self._totals[chunk] = self._executor.put(sum_exactly(parts, length).total())
                 (exponent,) = self._executor.run(self._program.exponent_program(length), [self._totals[chunk]])
             exponents.append(int(self._executor.get(exponent)))
+        others = [chunk for chunk in owned if self._layout.holders(chunk) != (self._id,) or chunk not in self._sum_roots]
+        roots = {(GRADIENT, chunk): self._sum_roots[chunk] for chunk in owned if chunk not in set(others)}
+        fresh = self._roots([self._executor.get(self._totals[chunk]) for chunk in others])
+        roots |= {(GRADIENT, chunk): root for chunk, root in zip(others, fresh, strict=True)}
         return max(exponents, default=0), roots
 
     def squares(self, exponent: int) -> int:
@@ -268,8 +297,8 @@ class StageWorker:
         return encode(sign_receipt(self._identity, receipt))
 
     def _published(self, weights: Bundle) -> tuple[Any, ...]:
-        roots: ChunkRoots = {(WEIGHT, chunk): merkle.bytes_root(array.data) for chunk, array in weights.items()}
-        roots |= {key: merkle.bytes_root(array.data) for key, array in self._slots.items()}
+        arrays = {**{(WEIGHT, chunk): array for chunk, array in weights.items()}, **self._slots}
+        roots: ChunkRoots = dict(zip(arrays, self._roots(list(arrays.values())), strict=True))
         bundles = (
             {chunk: weights[chunk] for chunk in self._layout.shared(self._id, holder)}
             for holder in self._layout.holders_of(self._id)

@@ -60,9 +60,20 @@ class Executor(Protocol):
         """(the outputs of `forward`, what `backward` takes so as not to compute it again; None if nothing is kept)."""
 
     def backward(
-        self, forward: Program, backward: Program, inputs: Sequence[Handle], saved: Any, *, stable: int = 0
+        self,
+        forward: Program,
+        backward: Program,
+        inputs: Sequence[Handle],
+        saved: Any,
+        sums: Sequence[np.ndarray] = (),
+        *,
+        stable: int = 0,
     ) -> list[Handle]:
-        """The outputs of `backward`, after a `forward` on the same values returned `saved`; once for each `saved`."""
+        """The outputs of `backward`, after a `forward` on the same values returned `saved`; once for each `saved`.
+
+        The last outputs, as many as there are `sums`, are not returned but added to these flat i64 arrays. After a fault
+        the sums are worth nothing.
+        """
 
     def forget(self) -> None:
         """The parameters have changed: drop what was kept for them."""

@@ -218,10 +218,21 @@ class ReferenceExecutor:
         return self.run(forward, inputs), None
 
     def backward(
-        self, forward: Program, backward: Program, inputs: Sequence[Tensor], saved: Any, *, stable: int = 0
+        self,
+        forward: Program,
+        backward: Program,
+        inputs: Sequence[Tensor],
+        saved: Any,
+        sums: Sequence[np.ndarray] = (),
+        *,
+        stable: int = 0,
     ) -> list[Tensor]:
-        """The outputs of `backward`."""
-        return self.run(backward, inputs)
+        """The outputs of `backward`, the last ones added to `sums`."""
+        outputs = self.run(backward, inputs)
+        kept = len(outputs) - len(sums)
+        for total, made in zip(sums, outputs[kept:], strict=True):
+            total += self.get(made).reshape(-1)
+        return outputs[:kept]
 
     def forget(self) -> None:
         """Nothing was kept."""

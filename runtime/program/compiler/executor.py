@@ -25,6 +25,7 @@ from runtime.program.compiler.saving import saved_values, shared
 from runtime.program.executor import Observer
 from runtime.program.program import Program
 from runtime.program.reference import TORCH, ReferenceExecutor, Refused, Tensor
+from storage.errors import FailureError
 
 SHARED = 1 << 15
 """A kernel with less work than this (elements times operators) is not worth a second thread."""
@@ -56,11 +57,17 @@ class _Ready:
 
 @dataclass
 class _Pair:
-    """A forward and a backward plan. `handed` are the buffers that pass between them, by their number in each."""
+    """A forward plan and what follows it.
+
+    `common` are the values of the backward Program that both compute, `given` where those lie that are handed over,
+    `handed` their buffers by number there and here; backward plans are by the number of sums that they add to.
+    """
 
     forward: _Ready
-    backward: _Ready
+    common: Mapping[int, int]
+    given: Mapping[int, View]
     handed: dict[int, int]
+    backward: dict[int, _Ready] = field(default_factory=dict)
     spare: dict[int, list[Tensor]] = field(default_factory=dict)
     """Memory that was handed over before: new memory would have to be mapped page by page."""
 
@@ -128,21 +135,42 @@ class CompiledExecutor(ReferenceExecutor):
             return super().run(forward, inputs), None
 
     def backward(
-        self, forward: Program, backward: Program, inputs: Sequence[Tensor], saved: Any, *, stable: int = 0
+        self,
+        forward: Program,
+        backward: Program,
+        inputs: Sequence[Tensor],
+        saved: Any,
+        sums: Sequence[np.ndarray] = (),
+        *,
+        stable: int = 0,
     ) -> list[Tensor]:
-        """The outputs of `backward` after `forward`, which returned `saved`; from the start where that is None."""
-        if saved is None:
-            return self.run(backward, inputs, stable=stable)
-        pair = self._pairs[forward.root, backward.root, stable]
+        """The outputs of `backward`; gradients go into `sums` as they are made. Without `saved` from the start."""
         self._check(backward, inputs)
+        pair = self._pairs.get((forward.root, backward.root, stable))
+        if saved is None or pair is None:
+            return super().backward(forward, backward, inputs, None, sums, stable=stable)
+        if len(sums) not in pair.backward:
+            graph = make_graph(backward, given=list(pair.given), known=pair.common, sums=len(sums))
+            pair.backward[len(sums)] = self._prepare(make_plan(graph, stable=stable, given=pair.given))
+        ready = pair.backward[len(sums)]
+        kept = len(backward.outputs) - len(sums)
+        targets = dict(zip(backward.outputs[kept:], map(torch.from_numpy, sums), strict=True))
+        added = {value: target for value, target in targets.items() if value in ready.plan.added}
         try:
             with torch.inference_mode():
-                made = self._outputs(pair.backward, self._run(pair.backward, inputs, stable, given=saved))
+                made = self._outputs(ready, self._run(ready, inputs, stable, given={**saved, **added}))
         except _GaveUp:
-            return super().run(backward, inputs)
+            super().run(backward, inputs)
+            raise FailureError(
+                "the compiled executor refused a value that the reference accepts: please report it, and use "
+                "--executor reference"
+            ) from None
         for value, buffer in pair.handed.items():
             pair.spare.setdefault(buffer, []).append(saved[value])
-        return made
+        for value, gradient, total in zip(backward.outputs[kept:], made[kept:], sums, strict=True):
+            if value not in added:
+                total += self.get(gradient).reshape(-1)
+        return made[:kept]
 
     # ----------------------------------------------------------------------------------------------------- compilation
 
@@ -154,10 +182,10 @@ class CompiledExecutor(ReferenceExecutor):
         for value in handed:
             homes.setdefault(before.views[common[value]].buffer, value)
         given = {v: replace(before.views[common[v]], buffer=homes[before.views[common[v]].buffer]) for v in handed}
-        after = make_plan(make_graph(backward, given=handed, known=common), stable=stable, given=given)
         return _Pair(
             forward=self._prepare(before),
-            backward=self._prepare(after),
+            common=common,
+            given=given,
             handed={value: buffer for buffer, value in homes.items()},
         )
 
@@ -227,8 +255,11 @@ class CompiledExecutor(ReferenceExecutor):
 
     def forget(self) -> None:
         """Drops what was kept for parameters: they have changed, and their tensors will not come again."""
-        for ready in (*self._ready.values(), *(r for p in self._pairs.values() for r in (p.forward, p.backward))):
+        for ready in self._ready.values():
             ready.fixed.clear()
+        for pair in self._pairs.values():
+            for ready in (pair.forward, *pair.backward.values()):
+                ready.fixed.clear()
 
     def _step(
         self,
@@ -244,7 +275,8 @@ class CompiledExecutor(ReferenceExecutor):
             kind = "products" if step.op.name == "product" else "whole arrays"
         else:
             for buffer in step.loop.writes:
-                memory[buffer] = self._buffer(plan, buffer, spare, early)
+                if buffer not in memory:  # a sum's is the caller's
+                    memory[buffer] = self._buffer(plan, buffer, spare, early)
             self._loop(step, memory)
             kind = step.loop.kind
         if self._spent is not None:

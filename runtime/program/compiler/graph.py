@@ -38,6 +38,7 @@ class Graph:
     literals: dict[int, tuple[str, int]]
     program: Program
     saved: tuple[int, ...] = ()
+    added: frozenset[int] = frozenset()
     types: dict[int, Type] = field(default_factory=dict)
 
     def users(self) -> dict[int, list[int]]:
@@ -49,10 +50,12 @@ class Graph:
         return found
 
 
-def make_graph(program: Program, *, saved: Sequence[int] = (), given: Sequence[int] = (), known: Container[int] = ()) -> Graph:
+def make_graph(
+    program: Program, *, saved: Sequence[int] = (), given: Sequence[int] = (), known: Container[int] = (), sums: int = 0
+) -> Graph:
     """The graph of a Program that also keeps the values in `saved`, and is handed those in `given`.
 
-    Values in `known` were computed before without a fault, so none of them is computed again for its fault alone.
+    The last `sums` outputs are to be added to arrays; `added` are those of them that a loop can add itself. Values in `known` were computed before without a fault, so none of them is computed again for its fault alone.
     """
     first = len(program.inputs)
     ops = {first + number: op for number, op in enumerate(program.ops)}
@@ -63,15 +66,26 @@ def make_graph(program: Program, *, saved: Sequence[int] = (), given: Sequence[i
         literals={},
         program=program,
         saved=tuple(saved),
+        added=_addable(program, sums),
         types=dict(enumerate(program.types)),
     )
     for value in given:
         ops.pop(value, None)
     _prune(graph, known)
     _fold(graph)
+    _spread(graph)
     _gather(graph)
     _prune(graph, known)
     return graph
+
+
+def _addable(program: Program, sums: int) -> frozenset[int]:
+    """Of the last outputs those that are rounded here and asked for once."""
+    first = len(program.inputs)
+    last = program.outputs[len(program.outputs) - sums :]
+    return frozenset(
+        v for v in last if program.outputs.count(v) == 1 and v >= first and program.ops[v - first].name == "rint"
+    )
 
 
 def _prune(graph: Graph, known: Container[int]) -> None:
@@ -116,6 +130,29 @@ def tensor_of(literal: tuple[str, int]) -> torch.Tensor:
     if dtype == "f32":
         return torch.from_numpy(np.array([bits], np.uint32).view(np.float32)).reshape(())
     return torch.from_numpy(np.array([bits], NUMPY[dtype])).reshape(())
+
+
+def _spread(graph: Graph) -> None:
+    """Sums and maxima over axes of one element are no more than another shape or type."""
+    ops: dict[int, Op] = {}
+    fresh = max(graph.types, default=0) + 1
+    for value, op in graph.ops.items():
+        ops[value] = op
+        if op.name not in REDUCTIONS:
+            continue
+        source = graph.types[op.inputs[0]]
+        if any(source.shape[axis] != 1 for axis in op.attributes["axes"]):
+            continue
+        operand = op.inputs[0]
+        if source.dtype != op.type.dtype:
+            cast = Type(op.type.dtype, source.shape)
+            del ops[value]
+            ops[fresh] = Op(name="cast", inputs=(operand,), attributes={"dtype": cast.dtype}, type=cast, label=op.label)
+            graph.types[fresh] = cast
+            operand, fresh = fresh, fresh + 1
+        shape = {"shape": op.type.shape}
+        ops[value] = Op(name="reshape", inputs=(operand,), attributes=shape, type=op.type, label=op.label)
+    graph.ops = ops
 
 
 # ------------------------------------------------------------------------------------------------------------ products

@@ -261,7 +261,8 @@ class _Body:
             if not self.is_full[value] or value in self.kept:
                 continue
             self.cost[value] = COST.get(member.op.name, 1) + sum(map(self._operand_cost, member.operands))
-            if uses.get(value, 0) > self.time[value] and self.cost[value] > RECOMPUTED:
+            reused = uses.get(value, 0) > self.time[value]
+            if reused and self.cost[value] > RECOMPUTED:
                 self.cost[value] = 1
                 self.buffered.append(value)
 
@@ -276,13 +277,14 @@ class _Body:
         """The kernel."""
         loads = list(dict.fromkeys(o for m in self.members.values() for o in m.operands if isinstance(o, Load)))
         reads = list(dict.fromkeys(o.view.buffer for o in loads))
-        scratch = [v for v in self.buffered if v not in self.stores]
+        scratch = [v for v in self.buffered if not self._reread(v)]
         count = len(reads) + len(self.stores) + len(self.kept) + len(scratch)
         f = self.f = Function("body", [I64, I64, *[POINTER] * count])
         pointers = list(f.arguments[2:])
         self.read = dict(zip(reads, pointers, strict=False))
         rest = pointers[len(reads) :]
-        self.target = dict(zip([*self.stores, *self.kept, *scratch], rest, strict=True))
+        self.target = dict(zip([*self.stores, *self.kept], rest, strict=False))
+        self.scratch = dict(zip(scratch, rest[len(self.target) :], strict=True))
         self.bad = f.builder.alloca(I32)
         f.builder.store(I32(0), self.bad)
         outer = [self.size(g) for g in range(self.outer)]
@@ -389,8 +391,10 @@ class _Body:
             self._accumulate(value, known, index, time)
             return None
         made = self._value(Local(value), known, index, time)
-        if value in self.stores or value in self.buffered:
+        if value in self.stores:
             self._store(value, made, index)
+        if value in self.scratch:
+            self._keep(value, made, index)
         if member.op.name != "rint":
             return None
         return refused(self.f, self._value(member.operands[0], known, index, time), member.op)
@@ -466,21 +470,34 @@ class _Body:
 
     def _store(self, value: int, made: ir.Value, inner: Sequence[ir.Value]) -> None:
         dtype = self.members[value].op.type.dtype
+        b, place = self.f.builder, self._place(value, inner, MEMORY[dtype])
+        if value in self.fusion.graph.added:
+            made = b.add(b.load(place, typ=MEMORY[dtype]), made)
+        b.store(b.zext(made, I8) if dtype == "bool" else made, place)
+
+    def _reread(self, value: int) -> bool:
+        """Whether a later pass finds the value where it is stored."""
+        return value in self.stores and value not in self.fusion.graph.added
+
+    def _keep(self, value: int, made: ir.Value, inner: Sequence[ir.Value]) -> None:
+        dtype = self.members[value].op.type.dtype
         b = self.f.builder
-        b.store(b.zext(made, I8) if dtype == "bool" else made, self._place(value, inner, MEMORY[dtype]))
+        b.store(b.zext(made, I8) if dtype == "bool" else made, self._scratch(value, inner, MEMORY[dtype]))
 
     def _again(self, value: int, inner: Sequence[ir.Value]) -> ir.Value:
         dtype = self.members[value].op.type.dtype
-        return self._fetch(self._place(value, inner, MEMORY[dtype]), dtype)
+        where = self._scratch if value in self.scratch else self._place
+        return self._fetch(where(value, inner, MEMORY[dtype]), dtype)
 
     def _place(self, value: int, inner: Sequence[ir.Value], kind: ir.Type) -> ir.Value:
-        if value in self.stores:
-            return self._address(self.target[value], 0, self.along(self._kept_strides(value)), inner, kind)
+        return self._address(self.target[value], 0, self.along(self._kept_strides(value)), inner, kind)
+
+    def _scratch(self, value: int, inner: Sequence[ir.Value], kind: ir.Type) -> ir.Value:
         strides, step = [], 1
         for size in reversed(self.inner_sizes):
             strides.append(step)
             step *= size
-        return self._address(self.target[value], 0, [*[0] * self.outer, *reversed(strides)], inner, kind)
+        return self._address(self.scratch[value], 0, [*[0] * self.outer, *reversed(strides)], inner, kind)
 
 
 def _identity(op: Op) -> ir.Constant:

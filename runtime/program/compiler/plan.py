@@ -88,6 +88,8 @@ class Plan:
     dead: list[tuple[int, ...]] = field(default_factory=list)
     fixed: frozenset[int] = frozenset()
     """Buffers that `before` makes and `steps` reads."""
+    added: frozenset[int] = frozenset()
+    """Outputs that are added to what their buffers hold: arrays of the caller's."""
 
 
 class _Planner:
@@ -104,6 +106,7 @@ class _Planner:
         for value, op in graph.ops.items():
             if any(o in dynamic for o in op.inputs):
                 dynamic.add(value)
+        graph.added = frozenset(v for v in graph.added if v in dynamic and 0 not in graph.types[v].shape)
         first = [v for v in graph.ops if v not in dynamic]
         self._take(self.fusion.run(first, set()), self.before)
         self.early = {b for step in self.before for b in step.writes} | {inputs[v].buffer for v in inputs if v < stable}
@@ -228,6 +231,7 @@ def make_plan(graph: Graph, *, stable: int = 0, given: Mapping[int, View] | None
         buffers=planner.buffers,
         views=planner.fusion.views,
         fixed=frozenset(made_early & (read_late | results)),
+        added=graph.added & {b for step in planner.steps if isinstance(step, Loop) for b in step.writes},
     )
     free = {b for step in plan.steps for b in step.writes} - results
     plan.dead = last_uses(plan.steps, free)
