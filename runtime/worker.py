@@ -56,6 +56,7 @@ class StageWorker:
         self._index = {name: tensor for tensor, name in enumerate(names)}
         held = self._layout.holds(self._id)
         self._weights = {tensor: np.zeros(self._layout.size(tensor), np.float32) for tensor in held}
+        self._other: dict[int, np.ndarray] = {}
         self._handles: dict[int, Any] = {}
         self._slots = {
             (slot, chunk): np.zeros(self._layout.length(chunk), np.float32)
@@ -268,14 +269,14 @@ class StageWorker:
 
     def store(self, *bundles: Bundle) -> None:
         """Take the new weights of every chunk that this worker holds."""
-        fresh: dict[int, np.ndarray] = {}  # copies, because an executor may share memory with what was put
-        for bundle in bundles:
-            for chunk, array in bundle.items():
-                if chunk.tensor not in fresh:
-                    fresh[chunk.tensor] = self._weights[chunk.tensor].copy()
-                fresh[chunk.tensor][self._layout.span(chunk)] = array
-        for tensor, weights in fresh.items():
-            self._weights[tensor] = weights
+        chunks = {chunk: array for bundle in bundles for chunk, array in bundle.items()}
+        for tensor in sorted({chunk.tensor for chunk in chunks}):
+            # other memory than last time, because an executor may share it with what was put
+            weights = self._other.get(tensor)
+            weights = np.empty(self._layout.size(tensor), np.float32) if weights is None else weights
+            for chunk in self._layout.chunks(tensor):
+                weights[self._layout.span(chunk)] = chunks[chunk]
+            self._other[tensor], self._weights[tensor] = self._weights[tensor], weights
             self._handles.pop(tensor, None)
         self._executor.forget()
 

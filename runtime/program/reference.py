@@ -110,10 +110,12 @@ def _take(data: Tensor, index: Tensor) -> Tensor:
     return data[index]
 
 
-def _scatter_add(index: Tensor, updates: Tensor, rows: int) -> Tensor:
+def scatter_add(index: Tensor, updates: Tensor, rows: int, into: Tensor | None = None) -> Tensor:
+    """Zeros (in `into`, if given) with each update added to its row."""
     _rows_inside(index, rows)
-    zeros = torch.zeros((rows, *updates.shape[1:]), dtype=torch.int64, device=updates.device)
-    return zeros.index_add_(0, index, updates)
+    if into is None:
+        into = torch.empty((rows, *updates.shape[1:]), dtype=torch.int64, device=updates.device)
+    return into.zero_().index_add_(0, index, updates)
 
 
 def _slice(x: Tensor, axis: int, start: int, stop: int, step: int) -> Tensor:
@@ -147,7 +149,7 @@ MEANING: Mapping[str, Meaning] = {
     "max": _max,
     "dot": _dot,
     "take": _take,
-    "scatter_add": _scatter_add,
+    "scatter_add": scatter_add,
     "reshape": lambda x, shape: x.reshape(tuple(shape)),
     "transpose": lambda x, order: x.permute(tuple(order)),
     "slice": _slice,

@@ -20,11 +20,11 @@ from runtime.program.compiler import products
 from runtime.program.compiler.axes import View
 from runtime.program.compiler.graph import make_graph, tensor_of
 from runtime.program.compiler.native import CACHE, Entry, Library, Progress, quiet
-from runtime.program.compiler.plan import Loop, Plan, Whole, last_uses, make_plan
+from runtime.program.compiler.plan import INTO, Loop, Plan, Whole, last_uses, make_plan
 from runtime.program.compiler.saving import saved_values, shared
 from runtime.program.executor import Observer
 from runtime.program.program import Program
-from runtime.program.reference import TORCH, ReferenceExecutor, Refused, Tensor
+from runtime.program.reference import TORCH, ReferenceExecutor, Refused, Tensor, scatter_add
 from storage.errors import FailureError
 
 SHARED = 1 << 15
@@ -271,7 +271,8 @@ class CompiledExecutor(ReferenceExecutor):
     ) -> None:
         started = time.perf_counter() if self._spent is not None else 0.0
         if isinstance(step, Whole):
-            memory[step.output] = self._whole(plan, step, memory)
+            into = self._buffer(plan, step.output, spare, early) if step.op.name in INTO else None
+            memory[step.output] = self._whole(plan, step, memory, into)
             kind = "products" if step.op.name == "product" else "whole arrays"
         else:
             for buffer in step.loop.writes:
@@ -316,7 +317,7 @@ class CompiledExecutor(ReferenceExecutor):
         if bad:
             raise _GaveUp
 
-    def _whole(self, plan: Plan, step: Whole, memory: Mapping[int, Tensor]) -> Tensor:
+    def _whole(self, plan: Plan, step: Whole, memory: Mapping[int, Tensor], into: Tensor | None) -> Tensor:
         operands = [
             show(memory[o.buffer], o)
             if isinstance(o, View)
@@ -326,6 +327,8 @@ class CompiledExecutor(ReferenceExecutor):
         try:
             if step.op.name == "product":
                 made = _product(step, operands)
+            elif into is not None:
+                made = scatter_add(*operands, **step.op.attributes, into=into.view(step.op.type.shape))
             else:
                 made = self._apply(plan.graph.program, step.op.name, step.op.attributes, operands)
         except Refused:

@@ -19,6 +19,8 @@ from runtime.program.program import Op
 from runtime.program.types import NUMPY, Type
 
 ALIGNED = 64
+INTO = ("scatter_add",)
+"""Operators on whole arrays that can be told where to put their result."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class _Planner:
         self.graph = graph
         self.fusion = Fusion(graph, dict(inputs))
         self.buffers = {v.buffer: Buffer(graph.types[n].dtype, _span(v)) for n, v in inputs.items()}
-        self.packs: dict[tuple[View, bool], tuple[int, ...]] = {}
+        self.packs: dict[tuple[View, bool], int] = {}
+        self.lefts: dict[View, tuple[int, int, vnni.Rows]] = {}
         self.next = max(graph.types, default=0) + 1
         self.early: set[int] = set()
         self.before: list[Step] = []
@@ -141,7 +144,7 @@ class _Planner:
 
     def _product(self, single: Single, steps: list[Step]) -> bool:
         """Packs the operands and multiplies; False where an operand's matrices do not lie at even distances or K is 0."""
-        lefts, terms = single.op.attributes["lefts"], single.op.attributes["terms"]
+        count, terms = single.op.attributes["lefts"], single.op.attributes["terms"]
         views = [o for o in single.operands if isinstance(o, View)]
         *leading, m, n = single.op.type.shape
         k, batch = views[0].shape[-1], math.prod(leading)
@@ -150,18 +153,16 @@ class _Planner:
         matrices = [View(v.buffer, v.offset, v.dims[-2:]).strided() for v in views]
         if any(s is None for s in matrices):
             return False
-        packs = [
-            self._pack(v, s[1], (k, m if i < lefts else n), i >= lefts, steps)
-            for i, (v, s) in enumerate(zip(views, matrices, strict=True))
-            if s is not None
-        ]
-        text = vnni.product(m=m, n=n, k=k, lefts=lefts, rights=len(packs) - lefts, levels=_levels(terms))
+        along = [s[1] for s in matrices if s is not None]
+        lefts = [self._left(v, s, (batch, k, m), steps) for v, s in zip(views[:count], along[:count], strict=True)]
+        rights = [self._pack(v, s, (k, n), True, steps) for v, s in zip(views[count:], along[count:], strict=True)]
+        rows = [left[2] for left in lefts]
         made = Kernel(
             name="product",
-            text=text,
+            text=vnni.product(m=m, n=n, k=k, lefts=rows, rights=len(rights), levels=_levels(terms)),
             rows=batch * -(-m // vnni.ROWS),
             work=batch * m * n * k,
-            reads=(*(p[0] for p in packs[:lefts]), *(p[1] for p in packs[:lefts]), *(p[0] for p in packs[lefts:])),
+            reads=(*(left[0] for left in lefts), *(left[1] for left in lefts), *rights),
             writes=(single.value,),
             accumulators=(),
             scratch=(),
@@ -170,32 +171,49 @@ class _Planner:
         steps.append(Loop(made, "products"))
         return True
 
+    def _left(
+        self, view: View, strides: Sequence[int], sizes: tuple[int, int, int], steps: list[Step]
+    ) -> tuple[int, int, vnni.Rows]:
+        """A's buffer, the buffer of its rows' ranges, and where its rows lie."""
+        if view in self.lefts:
+            return self.lefts[view]
+        batch, k, m = sizes
+        if strides[1] == 1 and k % 4 == 0 and (strides[0] >= k or m == 1):
+            buffer, rows = view.buffer, vnni.Rows(view.offset, tuple(_batch(view)), strides[0])
+        else:
+            buffer = self._pack(view, strides, (k, m), False, steps)
+            rows = vnni.Rows(0, ((batch, vnni.padded(m) * -(-k // 4) * 4),), None)
+        ranges = self._new("i32", batch * 3 * vnni.padded(m))
+        scan = vnni.scan(m=m, k=k, matrices=batch, rows=rows)
+        self._add("scan", scan, batch, batch * m * k, buffer, ranges, self._when(view, steps))
+        self.lefts[view] = (buffer, ranges, rows)
+        return self.lefts[view]
+
     def _pack(
         self, view: View, strides: Sequence[int], sizes: tuple[int, int], right: bool, steps: list[Step]
-    ) -> tuple[int, ...]:
-        if (view, right) in self.packs:
-            return self.packs[view, right]
-        k, n = sizes
-        along = (strides[0], strides[1]) if right else (strides[1], strides[0])
-        leading = [a for dim in view.dims[:-2] for a in dim if a[0] > 1]
-        batch = math.prod(size for size, _ in leading)
-        made: tuple[int, ...] = (self._new("i8", batch * vnni.padded(n) * -(-k // 4) * 4),)
-        if not right:
-            made = (*made, self._new("i32", batch * 3 * vnni.padded(n)))
-        pack = Kernel(
-            name="pack",
-            text=vnni.pack(k=k, n=n, offset=view.offset, batch=leading, strides=along, right=right),
-            rows=batch * vnni.padded(n) // vnni.PANEL,
-            work=batch * k * n,
-            reads=(view.buffer,),
-            writes=made,
-            accumulators=(),
-            scratch=(),
+    ) -> int:
+        """The buffer of an operand in panels."""
+        if (view, right) not in self.packs:
+            k, n = sizes
+            batch = _batch(view)
+            along = (strides[0], strides[1]) if right else (strides[1], strides[0])
+            count = math.prod(size for size, _ in batch)
+            panels = count * vnni.padded(n) // vnni.PANEL
+            made = self._new("i8", count * vnni.padded(n) * -(-k // 4) * 4)
+            text = vnni.pack(k=k, n=n, offset=view.offset, batch=batch, strides=along, right=right)
+            self._add("pack", text, panels, count * k * n, view.buffer, made, self._when(view, steps))
+            self.packs[view, right] = made
+        return self.packs[view, right]
+
+    def _when(self, view: View, steps: list[Step]) -> list[Step]:
+        return self.before if view.buffer in self.early else steps
+
+    def _add(self, name: str, text: str, rows: int, work: int, source: int, target: int, steps: list[Step]) -> None:
+        made = Kernel(
+            name=name, text=text, rows=rows, work=work, reads=(source,), writes=(target,), accumulators=(), scratch=(),
             label="",
-        )
-        (self.before if view.buffer in self.early else steps).append(Loop(pack, "packing"))
-        self.packs[view, right] = made
-        return made
+        )  # fmt: skip
+        steps.append(Loop(made, "packing"))
 
     def _new(self, dtype: str, elements: int) -> int:
         self.next += 1
@@ -210,6 +228,11 @@ def _levels(terms: Sequence[tuple[int, int, int]]) -> list[tuple[list[tuple[int,
         ([(i, j) for i, j, s in terms if s == shift], shift - following)
         for shift, following in zip(shifts, [*shifts[1:], 0], strict=True)
     ]
+
+
+def _batch(view: View) -> list[tuple[int, int]]:
+    """Sizes and strides of the axes before the matrices."""
+    return [atom for dim in view.dims[:-2] for atom in dim if atom[0] > 1]
 
 
 def _span(view: View) -> int:
@@ -256,7 +279,7 @@ def _place(plan: Plan, free: set[int]) -> None:
     """Offsets into one arena: the largest buffers first, each at the lowest place free for as long as it lives."""
     lives: dict[int, list[int]] = {}
     for place, step in enumerate(plan.steps):
-        if isinstance(step, Loop):
+        if isinstance(step, Loop) or step.op.name in INTO:
             for buffer in step.writes:
                 if buffer in free:
                     lives[buffer] = [place, place]
