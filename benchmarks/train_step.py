@@ -1,7 +1,7 @@
 """A whole training step beside PyTorch: eager float32, torch.compile float32, eager bfloat16 autocast, and exact.
 
-Forward, backward and update of one micro-batch, all sides in turn on the same weights and batches; medians, and the
-median of the ratios pair by pair. Ours hashes the gradient and the new state as well, as training does. The models are
+Forward and backward of every micro-batch, then the update, all sides in turn on the same weights and batches; medians,
+and the median of the ratios pair by pair. Ours hashes the gradient and the new state as well, as training does. The models are
 GPTs without dropout: torch's CPU attention is fused only without, so this is where PyTorch is strongest.
 """
 
@@ -44,33 +44,42 @@ class Shape:
     heads: int
     context: int
     sequences: int
+    micro_batches: int
     goals: tuple[tuple[str, float], ...]
 
 
 SMALL = (("eager float32", 1.5), ("torch.compile float32", 1.2), ("eager bfloat16", 0.7))
 SHAPES = {
     "gpt-256": Shape(
-        base="quickstart", layers=4, width=256, heads=4, context=256, sequences=8, goals=(("eager float32", 1.2),)
-    ),
+        base="quickstart", layers=4, width=256, heads=4, context=256, sequences=4, micro_batches=4,
+        goals=(("eager float32", 1.2),),
+    ),  # fmt: skip
     "gpt2-small-512": Shape(
-        base="gpt2-small", layers=12, width=768, heads=12, context=512, sequences=2, goals=SMALL
-    ),
+        base="gpt2-small", layers=12, width=768, heads=12, context=512, sequences=1, micro_batches=4,
+        goals=SMALL,
+    ),  # fmt: skip
     "gpt2-small-1024": Shape(
-        base="gpt2-small", layers=12, width=768, heads=12, context=1024, sequences=1, goals=SMALL
-    ),
+        base="gpt2-small", layers=12, width=768, heads=12, context=1024, sequences=1, micro_batches=2,
+        goals=SMALL,
+    ),  # fmt: skip
 }
 
 Step = Callable[[int], None]
 
 
 def recipe_of(shape: Shape) -> Recipe:
-    """The shape as a recipe of one micro-batch a step."""
+    """The shape as a recipe: some two thousand tokens a step."""
     read: Any = load_recipe(RECIPES / f"{shape.base}.toml")
     return replace(
         read,
         model=replace(read.model, layers=shape.layers, width=shape.width, heads=shape.heads, dropout=0.0),
         data=replace(read.data, context=shape.context),
-        training=replace(read.training, batch=shape.sequences, micro_batches=1, validation_batches=1),
+        training=replace(
+            read.training,
+            batch=shape.sequences * shape.micro_batches,
+            micro_batches=shape.micro_batches,
+            validation_batches=1,
+        ),
     )
 
 
@@ -96,10 +105,12 @@ def peer(
 
     def step(number: int) -> None:
         batch = run.feed.batch(number)
-        x, target = torch.from_numpy(batch.inputs.copy()), torch.from_numpy(batch.targets.copy())
-        with precision():
-            value = called(x, target)
-        value.backward()  # type: ignore[no-untyped-call]
+        count = recipe.training.micro_batches
+        for part in (batch.micro_batch(m, count) for m in range(count)):
+            x, target = torch.from_numpy(part.inputs.copy()), torch.from_numpy(part.targets.copy())
+            with precision():
+                value = called(x, target) / count
+            value.backward()  # type: ignore[no-untyped-call]
         update(optimiser, parameters, float(rates[number]), recipe.optimiser.clip)
 
     return step

@@ -19,28 +19,15 @@ import torch
 from runtime.program.compiler import products
 from runtime.program.compiler.axes import View
 from runtime.program.compiler.graph import make_graph, tensor_of
-from runtime.program.compiler.native import CACHE, Entry, Library, Progress, quiet
-from runtime.program.compiler.plan import INTO, Loop, Plan, Whole, last_uses, make_plan
+from runtime.program.compiler.native import CACHE, Library, Progress, quiet
+from runtime.program.compiler.plan import INTO, Plan, Whole, make_plan
+from runtime.program.compiler.runner import make_runner
 from runtime.program.compiler.saving import saved_values, shared
+from runtime.program.compiler.segments import Piece, Segment, pieces
 from runtime.program.executor import Observer
 from runtime.program.program import Program
 from runtime.program.reference import TORCH, ReferenceExecutor, Refused, Tensor, scatter_add
 from storage.errors import FailureError
-
-SHARED = 1 << 15
-"""A kernel with less work than this (elements times operators) is not worth a second thread."""
-
-
-@dataclass
-class _Call:
-    """A kernel ready to run: per thread a table of addresses, and private memory that a table points to."""
-
-    entry: Entry
-    loop: Loop
-    tables: list[np.ndarray]
-    addresses: list[int]
-    private: list[Any] = field(default_factory=list)
-    sums: list[list[np.ndarray]] = field(default_factory=list)
 
 
 @dataclass
@@ -48,9 +35,8 @@ class _Ready:
     """A plan with its machine code."""
 
     plan: Plan
-    before: list[_Call | Whole]
-    steps: list[_Call | Whole]
-    dead_before: list[tuple[int, ...]]
+    before: list[Piece]
+    main: list[Piece]
     fixed: dict[tuple[int, ...], tuple[Any, dict[int, Tensor]]] = field(default_factory=dict)
     """What `before` made, by the parameters that it was made from, which are held so that none can take their place."""
 
@@ -93,8 +79,9 @@ class CompiledExecutor(ReferenceExecutor):
     ) -> None:
         super().__init__("cpu")
         self._library = Library(cache)
+        self._runner = make_runner(self._library)
         self._threads = max(threads, 1)
-        self._pool = ThreadPoolExecutor(self._threads) if self._threads > 1 else None
+        self._pool = ThreadPoolExecutor(self._threads - 1) if self._threads > 1 else None
         self._spent = profile
         self._progress = progress
         self._ready: dict[Any, _Ready] = {}
@@ -113,8 +100,7 @@ class CompiledExecutor(ReferenceExecutor):
             self._ready[key] = self._prepare(make_plan(make_graph(program), stable=stable))
         ready = self._ready[key]
         try:
-            with torch.inference_mode():
-                return self._outputs(ready, self._run(ready, inputs, stable))
+            return self._outputs(ready, self._run(ready, inputs, stable))
         except _GaveUp:
             return super().run(program, inputs)  # and this names the operator, the element and the value
 
@@ -128,9 +114,8 @@ class CompiledExecutor(ReferenceExecutor):
         pair = self._pairs[key]
         self._check(forward, inputs)
         try:
-            with torch.inference_mode():
-                memory = self._run(pair.forward, inputs, stable, pair.spare)
-                return self._outputs(pair.forward, memory), {v: memory[b] for v, b in pair.handed.items()}
+            memory = self._run(pair.forward, inputs, stable, pair.spare)
+            return self._outputs(pair.forward, memory), {v: memory[b] for v, b in pair.handed.items()}
         except _GaveUp:
             return super().run(forward, inputs), None
 
@@ -157,8 +142,7 @@ class CompiledExecutor(ReferenceExecutor):
         targets = dict(zip(backward.outputs[kept:], map(torch.from_numpy, sums), strict=True))
         added = {value: target for value, target in targets.items() if value in ready.plan.added}
         try:
-            with torch.inference_mode():
-                made = self._outputs(ready, self._run(ready, inputs, stable, given={**saved, **added}))
+            made = self._outputs(ready, self._run(ready, inputs, stable, given={**saved, **added}))
         except _GaveUp:
             super().run(backward, inputs)
             raise FailureError(
@@ -171,6 +155,14 @@ class CompiledExecutor(ReferenceExecutor):
             if value not in added:
                 total += self.get(gradient).reshape(-1)
         return made[:kept]
+
+    def forget(self) -> None:
+        """Drops what was kept for parameters: they have changed, and their tensors will not come again."""
+        for ready in self._ready.values():
+            ready.fixed.clear()
+        for pair in self._pairs.values():
+            for ready in (pair.forward, *pair.backward.values()):
+                ready.fixed.clear()
 
     # ----------------------------------------------------------------------------------------------------- compilation
 
@@ -190,31 +182,10 @@ class CompiledExecutor(ReferenceExecutor):
         )
 
     def _prepare(self, plan: Plan) -> _Ready:
-        loops = [s for s in (*plan.before, *plan.steps) if isinstance(s, Loop)]
-        entries = self._library.add([(s.kernel.name, s.kernel.text) for s in loops], self._progress)
-        calls = iter([self._call(loop, entry) for loop, entry in zip(loops, entries, strict=True)])
-        before: list[_Call | Whole] = [next(calls) if isinstance(s, Loop) else s for s in plan.before]
-        steps: list[_Call | Whole] = [next(calls) if isinstance(s, Loop) else s for s in plan.steps]
-        made = {b for s in plan.before for b in s.writes}
-        return _Ready(plan, before, steps, last_uses(plan.before, made - plan.fixed))
-
-    def _call(self, loop: Loop, entry: Entry) -> _Call:
-        kernel = loop.kernel
-        parts = self._threads if kernel.work >= SHARED and kernel.rows > 1 else 1
-        count = len(loop.reads) + len(loop.writes)
-        call = _Call(entry, loop, [], [])
-        for part in range(parts):
-            table = np.zeros(count + len(kernel.scratch), np.uint64)
-            private = [np.empty(size + 64, np.uint8) for size in kernel.scratch]
-            table[count:] = [array.ctypes.data + (-array.ctypes.data) % 64 for array in private]
-            sums = []
-            if part:
-                sums = [np.empty(n, np.int64) for _, _, n in kernel.accumulators]
-            call.tables.append(table)
-            call.addresses.append(table.ctypes.data)
-            call.private.append(private)
-            call.sums.append(sums)
-        return call
+        before, main = (
+            pieces(plan, part, self._library, self._threads, self._progress) for part in (plan.before, plan.main)
+        )
+        return _Ready(plan, before, main)
 
     # ------------------------------------------------------------------------------------------------------------- runs
 
@@ -226,129 +197,113 @@ class CompiledExecutor(ReferenceExecutor):
         spare: Mapping[int, list[Tensor]] | None = None,
         given: Mapping[int, Tensor] | None = None,
     ) -> dict[int, Tensor]:
-        memory = {n: tensor.contiguous().reshape(-1) for n, tensor in enumerate(inputs)}
-        memory |= given or {}
-        memory |= self._before(ready, memory, inputs[:stable])
-        if self._arena.numel() < ready.plan.arena:
-            self._arena = torch.empty(ready.plan.arena, dtype=torch.int8)
-        for step, dead in zip(ready.steps, ready.plan.dead, strict=True):
-            self._step(ready.plan, step, memory, spare)
-            for buffer in dead:
-                memory.pop(buffer, None)
+        """The arrays by buffer that outlive a run: inputs, what is given, outputs and what is handed on."""
+        memory = {n: tensor.contiguous().reshape(-1) for n, tensor in enumerate(inputs)} | dict(given or {})
+        with torch.inference_mode():
+            if ready.before:
+                place = tuple(map(id, inputs[:stable]))
+                if place not in ready.fixed:
+                    made = dict(memory)
+                    self._walk(ready.plan, ready.before, ready.plan.before.arena, made, None)
+                    ready.fixed[place] = (inputs[:stable], {b: made[b] for b in ready.plan.fixed})
+                memory |= ready.fixed[place][1]
+            self._walk(ready.plan, ready.main, ready.plan.main.arena, memory, spare)
         return memory
 
-    def _before(
-        self, ready: _Ready, memory: dict[int, Tensor], parameters: Sequence[Tensor]
-    ) -> Mapping[int, Tensor]:
-        """What `before` makes, from an earlier run if the parameters are the very same tensors."""
-        if not ready.before:
-            return {}
-        place = tuple(map(id, parameters))
-        if place not in ready.fixed:
-            made = dict(memory)
-            for step, dead in zip(ready.before, ready.dead_before, strict=True):
-                self._step(ready.plan, step, made, early=True)
-                for buffer in dead:
-                    made.pop(buffer, None)
-            ready.fixed[place] = (parameters, {b: made[b] for b in ready.plan.fixed})
-        return ready.fixed[place][1]
-
-    def forget(self) -> None:
-        """Drops what was kept for parameters: they have changed, and their tensors will not come again."""
-        for ready in self._ready.values():
-            ready.fixed.clear()
-        for pair in self._pairs.values():
-            for ready in (pair.forward, *pair.backward.values()):
-                ready.fixed.clear()
-
-    def _step(
+    def _walk(
         self,
         plan: Plan,
-        step: _Call | Whole,
+        items: Sequence[Piece],
+        arena: int,
         memory: dict[int, Tensor],
-        spare: Mapping[int, list[Tensor]] | None = None,
-        early: bool = False,
+        spare: Mapping[int, list[Tensor]] | None,
     ) -> None:
-        started = time.perf_counter() if self._spent is not None else 0.0
-        if isinstance(step, Whole):
-            into = self._buffer(plan, step.output, spare, early) if step.op.name in INTO else None
-            memory[step.output] = self._whole(plan, step, memory, into)
-            kind = "products" if step.op.name == "product" else "whole arrays"
-        else:
-            for buffer in step.loop.writes:
-                if buffer not in memory:  # a sum's is the caller's
-                    memory[buffer] = self._buffer(plan, buffer, spare, early)
-            self._loop(step, memory)
-            kind = step.loop.kind
-        if self._spent is not None:
-            self._spent[kind] = self._spent.get(kind, 0.0) + time.perf_counter() - started
+        """Runs pieces in order. `memory` has the arrays outside the arena, and gets those that are made there."""
+        if self._arena.numel() < arena:
+            self._arena = torch.empty(arena, dtype=torch.int8)
+        base = self._arena.data_ptr()
+        for item in items:
+            if isinstance(item, Segment):
+                for buffer in item.fresh:
+                    if buffer not in memory:  # a sum is the caller's
+                        memory[buffer] = self._fresh(plan, buffer, spare)
+                item.address(base, {b: memory[b].data_ptr() for b in item.outside})
+                self._segment(item)
+            else:
+                self._whole_step(plan, item.step, item.offsets, memory, spare)
+            for buffer in item.dead:
+                memory.pop(buffer, None)
 
-    def _buffer(self, plan: Plan, buffer: int, spare: Mapping[int, list[Tensor]] | None, early: bool) -> Tensor:
-        found = plan.buffers[buffer]
+    def _fresh(self, plan: Plan, buffer: int, spare: Mapping[int, list[Tensor]] | None) -> Tensor:
         if spare and spare.get(buffer):
             return spare[buffer].pop()
-        offset = None if early else plan.offsets.get(buffer)
-        if offset is None:
-            return torch.empty(found.elements, dtype=TORCH[found.dtype])
-        return self._arena[offset : offset + found.bytes].view(TORCH[found.dtype])
+        return torch.empty(plan.buffers[buffer].elements, dtype=TORCH[plan.buffers[buffer].dtype])
 
-    def _loop(self, call: _Call, memory: Mapping[int, Tensor]) -> None:
-        loop, kernel = call.loop, call.loop.kernel
-        addresses = [memory[b].data_ptr() for b in (*loop.reads, *loop.writes)]
-        start = len(addresses) - len(kernel.accumulators)
-        for value, name, _ in kernel.accumulators:
-            _clear(memory[value].numpy(), name)
-        parts = len(call.tables)
-        for part, table in enumerate(call.tables):
-            table[: len(addresses)] = addresses
-            for place, (array, (value, name, n)) in enumerate(zip(call.sums[part], kernel.accumulators, strict=False)):
-                view = array.view(memory[value].numpy().dtype)[:n]
-                _clear(view, name)
-                table[start + place] = view.ctypes.data
-        if parts == 1 or self._pool is None:
-            bad = call.entry(0, kernel.rows, call.addresses[0])
-        else:
-            cuts = [kernel.rows * part // parts for part in range(parts + 1)]
-            bad = max(self._pool.map(call.entry, cuts[:-1], cuts[1:], call.addresses))
-            for sums in call.sums[1:]:
-                for array, (value, name, n) in zip(sums, kernel.accumulators, strict=True):
-                    total = memory[value].numpy()
-                    (np.add if name == "sum" else np.maximum)(total, array.view(total.dtype)[:n], out=total)
+    def _segment(self, segment: Segment) -> None:
+        """Runs a segment on all threads, this one included."""
+        segment.barrier[0] = 0
+        timed = segment.times.ctypes.data if self._spent is not None else 0
+        rest, count, barrier = segment.steps[1:], segment.steps.shape[1], segment.barrier.ctypes.data
+        others = []
+        if self._pool is not None and segment.parallel:
+            others = [
+                self._pool.submit(self._runner, steps.ctypes.data, count, self._threads, barrier, 0) for steps in rest
+            ]
+        bad = self._runner(segment.steps[0].ctypes.data, count, len(others) + 1, barrier, timed)
+        bad |= max((other.result() for other in others), default=0)
+        if self._spent is not None:
+            for kind, seconds in segment.spent():
+                self._spent[kind] = self._spent.get(kind, 0.0) + seconds
         if bad:
             raise _GaveUp
 
-    def _whole(self, plan: Plan, step: Whole, memory: Mapping[int, Tensor], into: Tensor | None) -> Tensor:
+    def _whole_step(
+        self,
+        plan: Plan,
+        step: Whole,
+        offsets: Mapping[int, int],
+        memory: dict[int, Tensor],
+        spare: Mapping[int, list[Tensor]] | None,
+    ) -> None:
+        started = time.perf_counter()
+
+        def at(buffer: int) -> Tensor:
+            if buffer not in offsets:
+                return memory[buffer]
+            kind = plan.buffers[buffer]
+            return self._arena[offsets[buffer] : offsets[buffer] + kind.bytes].view(TORCH[kind.dtype])
+
         operands = [
-            show(memory[o.buffer], o)
-            if isinstance(o, View)
-            else tensor_of((o[0].dtype, o[0].bits)).expand(o[1].shape)
+            show(at(o.buffer), o) if isinstance(o, View) else tensor_of((o[0].dtype, o[0].bits)).expand(o[1].shape)
             for o in step.operands
         ]
         try:
             if step.op.name == "product":
                 made = _product(step, operands)
-            elif into is not None:
+            elif step.op.name in INTO:
+                into = at(step.output) if step.output in offsets else self._fresh(plan, step.output, spare)
                 made = scatter_add(*operands, **step.op.attributes, into=into.view(step.op.type.shape))
             else:
                 made = self._apply(plan.graph.program, step.op.name, step.op.attributes, operands)
         except Refused:
             raise _GaveUp from None
-        return made.contiguous().reshape(-1)
+        if step.output not in offsets:
+            memory[step.output] = made.contiguous().reshape(-1)
+        if self._spent is not None:
+            kind = "products" if step.op.name == "product" else "whole arrays"
+            self._spent[kind] = self._spent.get(kind, 0.0) + time.perf_counter() - started
 
     def _outputs(self, ready: _Ready, memory: Mapping[int, Tensor]) -> list[Tensor]:
         graph = ready.plan.graph
         made = []
-        for value in graph.outputs:
-            if value in graph.literals:
-                made.append(tensor_of(graph.literals[value]).expand(graph.types[value].shape).contiguous())
-            else:
-                view = ready.plan.views[value]
-                made.append(show(memory[view.buffer], view).contiguous())
+        with torch.inference_mode():
+            for value in graph.outputs:
+                if value in graph.literals:
+                    made.append(tensor_of(graph.literals[value]).expand(graph.types[value].shape).contiguous())
+                else:
+                    view = ready.plan.views[value]
+                    made.append(show(memory[view.buffer], view).contiguous())
         return made
-
-
-def _clear(array: np.ndarray, name: str) -> None:
-    array.fill(0 if name == "sum" else np.iinfo(array.dtype).min)
 
 
 def _product(step: Whole, operands: Sequence[Tensor]) -> Tensor:
@@ -362,4 +317,3 @@ def show(memory: Tensor, view: View) -> Tensor:
     atoms = [a for dim in view.dims for a in dim]
     spread = memory.as_strided([n for n, _ in atoms], [s for _, s in atoms], memory.storage_offset() + view.offset)
     return spread.reshape(view.shape)
-

@@ -147,7 +147,7 @@ class Access:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled cluster: `text` defines `name`, an Entry over 0 .. rows.
+    """A compiled cluster: `text` defines `name`, a function over 0 .. rows.
 
     Its table has the buffers of `reads`, of `writes`, of `accumulators` (value, operator, elements), then a row of
     `scratch` bytes each, the last two private to a thread.

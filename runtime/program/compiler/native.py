@@ -7,7 +7,6 @@ names by rename, so any number of processes may share the folder.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import stat
@@ -26,8 +25,8 @@ from storage.files import write_whole
 I1, I8, I16, I32, I64, F32 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 POINTER = ir.PointerType()
 
-Entry = Callable[[int, int, int], int]
-"""A compiled kernel: (first, end, address of its table of addresses) -> 0, or what it refused."""
+Address = int
+"""Of a compiled kernel: (i64 first, i64 end, pointer to a table of addresses) -> i32, 0 or what it refused."""
 
 Progress = Callable[[int, int], None]
 """Called with the kernels compiled so far and those to compile in all."""
@@ -118,7 +117,7 @@ def index(value: Any) -> Any:
 
 
 def entry(name: str, inner: Function, pointers: int) -> str:
-    """The module of `inner`(first, end, pointers...) with an Entry `name` that takes the pointers from a table.
+    """The module of `inner`(first, end, pointers...) with a function `name` that takes the pointers from a table.
 
     Two functions, because only arguments can promise LLVM that arrays do not overlap.
     """
@@ -179,17 +178,17 @@ def compile_object(text: str) -> bytes:
 
 
 class Library:
-    """Entries by module text. `folder` holds the compiled objects, None keeps them in memory only."""
+    """Compiled functions by module text. `folder` holds the compiled objects, None keeps them in memory only."""
 
     def __init__(self, folder: Path | None = None) -> None:
         processor()
         self._folder = private(folder) if folder is not None else None
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, Address] = {}
         self.compiled = 0
 
-    def add(self, modules: Iterable[tuple[str, str]], progress: Progress = quiet) -> list[Entry]:
-        """The Entry of each (name, text) in order. A text that was added before costs nothing."""
+    def add(self, modules: Iterable[tuple[str, str]], progress: Progress = quiet) -> list[Address]:
+        """The address of each (name, text) in order. A text that was added before costs nothing."""
         wanted = [(name, text, self._key(text)) for name, text in modules]
         fresh = {key: text.replace(f'@"{name}"', f'@"{key}"') for name, text, key in wanted if key not in self._entries}
         for done, (key, text) in enumerate(fresh.items()):
@@ -197,9 +196,8 @@ class Library:
             progress(done + 1, len(fresh))
         if fresh:
             self._engine.finalize_object()
-        made = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
         for key in fresh:
-            self._entries[key] = made(self._engine.get_function_address(key))
+            self._entries[key] = self._engine.get_function_address(key)
         return [self._entries[key] for _, _, key in wanted]
 
     def _key(self, text: str) -> str:

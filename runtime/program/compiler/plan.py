@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from runtime.program.compiler import products, vnni
 from runtime.program.compiler.axes import View, contiguous
@@ -77,20 +77,27 @@ Step = Whole | Loop
 
 
 @dataclass
+class Part:
+    """Steps that run together. `offsets` places buffers in an arena of `arena` bytes; `dead[i]` ends with step i."""
+
+    steps: list[Step]
+    offsets: dict[int, int]
+    arena: int
+    dead: list[tuple[int, ...]]
+
+
+@dataclass
 class Plan:
-    """Steps of a graph. `views` says where each output and saved value lies; `dead[i]` ends with step i."""
+    """Steps of a graph. `views` says where each output and saved value lies."""
 
     graph: Graph
-    before: list[Step]
-    steps: list[Step]
+    before: Part
+    main: Part
     buffers: dict[int, Buffer]
     views: Mapping[int, View]
-    offsets: dict[int, int] = field(default_factory=dict)
-    arena: int = 0
-    dead: list[tuple[int, ...]] = field(default_factory=list)
-    fixed: frozenset[int] = frozenset()
-    """Buffers that `before` makes and `steps` reads."""
-    added: frozenset[int] = frozenset()
+    fixed: frozenset[int]
+    """Buffers that `before` makes and `main` or the caller reads."""
+    added: frozenset[int]
     """Outputs that are added to what their buffers hold: arrays of the caller's."""
 
 
@@ -247,22 +254,26 @@ def make_plan(graph: Graph, *, stable: int = 0, given: Mapping[int, View] | None
     results = {planner.fusion.views[v].buffer for v in (*graph.outputs, *graph.saved) if v not in graph.literals}
     made_early = {b for step in planner.before for b in step.writes}
     read_late = {b for step in planner.steps for b in step.reads}
-    plan = Plan(
+    fixed = made_early & (read_late | results)
+    return Plan(
         graph=graph,
-        before=planner.before,
-        steps=planner.steps,
+        before=_part(planner.before, fixed, planner.buffers),
+        main=_part(planner.steps, results, planner.buffers),
         buffers=planner.buffers,
         views=planner.fusion.views,
-        fixed=frozenset(made_early & (read_late | results)),
+        fixed=frozenset(fixed),
         added=graph.added & {b for step in planner.steps if isinstance(step, Loop) for b in step.writes},
     )
-    free = {b for step in plan.steps for b in step.writes} - results
-    plan.dead = last_uses(plan.steps, free)
-    _place(plan, free)
-    return plan
 
 
-def last_uses(steps: Sequence[Step], free: set[int]) -> list[tuple[int, ...]]:
+def _part(steps: list[Step], kept: set[int], buffers: Mapping[int, Buffer]) -> Part:
+    """Steps with their memory: what is in `kept` outlives them, everything else is placed in an arena."""
+    free = {b for step in steps for b in step.writes} - kept
+    offsets, arena = _place(steps, free, buffers)
+    return Part(steps, offsets, arena, _last_uses(steps, free))
+
+
+def _last_uses(steps: Sequence[Step], free: set[int]) -> list[tuple[int, ...]]:
     """For every step the buffers of `free` that no later one touches."""
     last: dict[int, int] = {}
     for place, step in enumerate(steps):
@@ -275,20 +286,19 @@ def last_uses(steps: Sequence[Step], free: set[int]) -> list[tuple[int, ...]]:
     return [tuple(buffers) for buffers in dead]
 
 
-def _place(plan: Plan, free: set[int]) -> None:
+def _place(steps: Sequence[Step], free: set[int], buffers: Mapping[int, Buffer]) -> tuple[dict[int, int], int]:
     """Offsets into one arena: the largest buffers first, each at the lowest place free for as long as it lives."""
     lives: dict[int, list[int]] = {}
-    for place, step in enumerate(plan.steps):
+    for place, step in enumerate(steps):
         if isinstance(step, Loop) or step.op.name in INTO:
-            for buffer in step.writes:
-                if buffer in free:
-                    lives[buffer] = [place, place]
+            lives |= {buffer: [place, place] for buffer in step.writes if buffer in free}
         for buffer in step.reads:
             if buffer in lives:
                 lives[buffer][1] = place
+    offsets: dict[int, int] = {}
     placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last
-    for buffer in sorted(lives, key=lambda b: (-plan.buffers[b].bytes, b)):
-        size = max(ALIGNED, -(-plan.buffers[buffer].bytes // ALIGNED) * ALIGNED)
+    for buffer in sorted(lives, key=lambda b: (-buffers[b].bytes, b)):
+        size = max(ALIGNED, -(-buffers[buffer].bytes // ALIGNED) * ALIGNED)
         first, last = lives[buffer]
         offset = 0
         for start, end, born, died in sorted(placed):
@@ -296,6 +306,6 @@ def _place(plan: Plan, free: set[int]) -> None:
                 if start - offset >= size:
                     break
                 offset = max(offset, end)
-        plan.offsets[buffer] = offset
+        offsets[buffer] = offset
         placed.append((offset, offset + size, first, last))
-        plan.arena = max(plan.arena, offset + size)
+    return offsets, max((end for _, end, _, _ in placed), default=0)
