@@ -168,7 +168,9 @@ def join(atoms: Sequence[Atom]) -> list[Atom]:
 
 
 def reshape_view(view: View, shape: Sequence[int]) -> View | None:
-    """The view under another shape; None where its atoms do not fit together to the new dimensions."""
+    """The view under another shape; None where its atoms do not fit together to the new dimensions, or are none."""
+    if 0 in shape:
+        return None
     rest = [list(a) for atoms in view.dims for a in atoms if a[0] != 1]
     dims: list[tuple[Atom, ...]] = []
     for size in reversed(shape):

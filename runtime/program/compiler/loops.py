@@ -247,7 +247,8 @@ class _Body:
                 self.is_full[value] = False
                 self.time[value] = max(ready, default=0) + 1
             else:
-                self.is_full[value] = value in self.kept or any(map(self._operand_full, member.operands))
+                spans = value in self.kept or self.full(self.value_axes(value))
+                self.is_full[value] = spans or any(map(self._operand_full, member.operands))
                 self.time[value] = max(ready, default=0)
         self.cost: dict[int, int] = {}
         self.buffered: list[int] = []

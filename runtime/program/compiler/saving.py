@@ -1,7 +1,7 @@
 """What a forward pass keeps for its backward pass: the fewest bytes from which the rest is cheap to compute again.
 
 A backward Program computes its block's forward part anew (decisions/0004), on the same values. So whatever both compute
-may be handed over. Products and random words are never computed twice; sums, norms and activation functions are. The
+may be handed over. Products and random numbers are never made twice; sums, norms and activation functions are. The
 choice is a minimum cut, as in "Min-cut rematerialization" of PyTorch's AOTAutograd (functorch, 2022).
 """
 
@@ -53,7 +53,8 @@ def saved_values(backward: Program, common: Mapping[int, int], stable: int) -> l
         if value in common and value in changing:
             size = op.type.elements * NUMPY[op.type.dtype].itemsize
             graph.add_edge((value, "in"), (value, "out"), capacity=max(size, 1))
-            if op.name == "dot" or (value in drawn and op.type.dtype in ("bool", "f32")):
+            integers = all(backward.types[o].dtype in ("i32", "i64") for o in op.inputs)
+            if op.name == "dot" or (value in drawn and integers and op.type.dtype in ("bool", "f32")):
                 graph.add_edge("source", (value, "in"))
     _, (_, needs) = networkx.minimum_cut(graph, "source", "sink")
     return sorted(
