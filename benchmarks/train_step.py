@@ -1,8 +1,8 @@
 """A whole training step beside PyTorch: eager float32, torch.compile float32, eager bfloat16 autocast, and exact.
 
-Forward and backward of every micro-batch, then the update, all sides in turn on the same weights and batches; medians,
-and the median of the ratios pair by pair. Ours hashes the gradient and the new state as well, as training does. The models are
-GPTs without dropout: torch's CPU attention is fused only without, so this is where PyTorch is strongest.
+Forward and backward of every micro-batch, then the update, all sides in turn on the same weights and batches: medians,
+and medians of the ratios pair by pair. Ours hashes the gradient and the new state as well, as training does. The models
+are GPTs without dropout: torch's CPU attention is fused only without, so this is where PyTorch is strongest.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.baseline import load_weights, make_optimiser, named_parameters, update
+from benchmarks.baseline import load_weights, make_optimiser, update
 from benchmarks.harness import Goal, Row, main
 from benchmarks.local import RECIPES, Lowered, lowered, weights_of
 from runtime.groups import LocalGroup
 from runtime.models.chain import Chain
+from runtime.models.initial import named_parameters
 from runtime.plan import make_plan
 from runtime.program.build import chain_of
 from runtime.program.compiler.executor import CompiledExecutor
@@ -51,17 +52,35 @@ class Shape:
 SMALL = (("eager float32", 1.5), ("torch.compile float32", 1.2), ("eager bfloat16", 0.7))
 SHAPES = {
     "gpt-256": Shape(
-        base="quickstart", layers=4, width=256, heads=4, context=256, sequences=4, micro_batches=4,
+        base="quickstart",
+        layers=4,
+        width=256,
+        heads=4,
+        context=256,
+        sequences=4,
+        micro_batches=4,
         goals=(("eager float32", 1.2),),
-    ),  # fmt: skip
+    ),
     "gpt2-small-512": Shape(
-        base="gpt2-small", layers=12, width=768, heads=12, context=512, sequences=1, micro_batches=4,
+        base="gpt2-small",
+        layers=12,
+        width=768,
+        heads=12,
+        context=512,
+        sequences=1,
+        micro_batches=4,
         goals=SMALL,
-    ),  # fmt: skip
+    ),
     "gpt2-small-1024": Shape(
-        base="gpt2-small", layers=12, width=768, heads=12, context=1024, sequences=1, micro_batches=2,
+        base="gpt2-small",
+        layers=12,
+        width=768,
+        heads=12,
+        context=1024,
+        sequences=1,
+        micro_batches=2,
         goals=SMALL,
-    ),  # fmt: skip
+    ),
 }
 
 Step = Callable[[int], None]
@@ -69,10 +88,11 @@ Step = Callable[[int], None]
 
 def recipe_of(shape: Shape) -> Recipe:
     """The shape as a recipe: some two thousand tokens a step."""
-    read: Any = load_recipe(RECIPES / f"{shape.base}.toml")
+    read = load_recipe(RECIPES / f"{shape.base}.toml")
+    model: Any = read.model
     return replace(
         read,
-        model=replace(read.model, layers=shape.layers, width=shape.width, heads=shape.heads, dropout=0.0),
+        model=replace(model, layers=shape.layers, width=shape.width, heads=shape.heads, dropout=0.0),
         data=replace(read.data, context=shape.context),
         training=replace(
             read.training,

@@ -1,8 +1,10 @@
 """The executors by name: the one place of the runtime that imports them."""
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from runtime.program.executor import Executor
@@ -31,20 +33,35 @@ def compiled(threads: int) -> Executor:
     from runtime.program.compiler.executor import CompiledExecutor
 
     _set_threads(threads)
-    executor = CompiledExecutor(threads or (os.cpu_count() or 1))
+    executor = CompiledExecutor(threads or (os.cpu_count() or 1), progress=Announced())
     proven(executor)
     return executor
 
 
+class Announced:
+    """Says on stderr every few seconds that kernels are being compiled."""
+
+    def __init__(self, every: float = 5.0, clock: Callable[[], float] = monotonic) -> None:
+        self._every, self._clock = every, clock
+        self._next = clock() + every
+
+    def __call__(self, done: int) -> None:
+        """Called after each kernel."""
+        if self._clock() >= self._next:
+            self._next = self._clock() + self._every
+            sys.stderr.write(f"compiling kernels for this processor: {done} so far; they are kept for the next time\n")
+            sys.stderr.flush()
+
+
 @cache
 def _vectors() -> "list[Vector]":
-    from runtime.program.vectors import load
+    from runtime.program.vectors import FILE, load
 
-    return load()
+    return load(FILE)
 
 
 def proven(executor: Executor) -> None:
-    """Returns where the executor gives the bytes of every known-answer vector; FailureError names the first it misses."""
+    """Returns where the executor gives every known-answer vector's bytes; FailureError names the first it misses."""
     from runtime.program.vectors import check
 
     for vector in _vectors():

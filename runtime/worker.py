@@ -133,9 +133,7 @@ class StageWorker:
                 if len(self._kept) > KEPT_MICRO_BATCHES:
                     made, saved = self._executor.run(kind.forward, arguments, stable=len(parameters)), None
                 else:
-                    made, saved = self._executor.forward(
-                        kind.forward, kind.backward, arguments, stable=len(parameters)
-                    )
+                    made, saved = self._executor.forward(kind.forward, kind.backward, arguments, stable=len(parameters))
             kept.append((handle, saved))
             (handle,) = made
         return handle
@@ -232,8 +230,9 @@ class StageWorker:
                 self._totals[chunk] = self._executor.put(sum_exactly(parts, length).total())
                 (exponent,) = self._executor.run(self._program.exponent_program(length), [self._totals[chunk]])
             exponents.append(int(self._executor.get(exponent)))
-        others = [chunk for chunk in owned if self._layout.holders(chunk) != (self._id,) or chunk not in self._sum_roots]
-        roots = {(GRADIENT, chunk): self._sum_roots[chunk] for chunk in owned if chunk not in set(others)}
+        alone = {chunk for chunk in owned if self._layout.holders(chunk) == (self._id,) and chunk in self._sum_roots}
+        others = [chunk for chunk in owned if chunk not in alone]
+        roots = {(GRADIENT, chunk): self._sum_roots[chunk] for chunk in alone}
         fresh = self._roots([self._executor.get(self._totals[chunk]) for chunk in others])
         roots |= {(GRADIENT, chunk): root for chunk, root in zip(others, fresh, strict=True)}
         return max(exponents, default=0), roots

@@ -235,8 +235,8 @@ def audit_command(
 def doctor(as_json: AsJson = False) -> int:
     """Check that this machine computes exactly.
 
-    Runs the known-answer vectors of every operator on each device found and compares bytes; then measures how fast it
-    is. Exit code 1 where a device misses one, with the operators, the element and both bytes.
+    Runs the known-answer vectors of every operator and of whole blocks on each device found and compares bytes; then
+    measures how fast it is. Exit code 1 where a device misses one, with the operators, the input and both bytes.
 
     \b
     trueweight doctor
@@ -248,7 +248,8 @@ def doctor(as_json: AsJson = False) -> int:
     else:
         rows = [{**asdict(one), "verdict": "wrong" if one.failure else "exact"} for one in examined]
         columns = {"executor": "executor", "vectors": "vectors", "verdict": "verdict"}
-        columns |= {"product_gops": "digit products (GOP/s)", "memory_gbs": "memory (GB/s)"}
+        columns |= {"path": "digit products by", "product_gops": "GOP/s", "float_gflops": "float32 BLAS (GFLOP/s)"}
+        columns |= {"elementwise_gflops": "loops (GFLOP/s)", "memory_gbs": "memory (GB/s)"}
         print(reports.table(rows, columns))
     for one in examined:
         if one.failure:

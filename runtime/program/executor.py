@@ -39,8 +39,8 @@ def _rebuild(keywords: dict[str, Any]) -> ArithmeticFault:
 class Executor(Protocol):
     """Runs Programs to the bytes that docs/arithmetic.md defines.
 
-    `stable` says how many inputs, the first ones, are parameters: handles that come again and again until `forget`. What
-    depends on them alone an executor may keep.
+    `stable` says how many inputs, the first ones, are parameters: handles that come again and again until `forget`.
+    What depends on them alone an executor may keep.
     """
 
     def put(self, array: np.ndarray) -> Handle:
@@ -71,8 +71,8 @@ class Executor(Protocol):
     ) -> list[Handle]:
         """The outputs of `backward`, after a `forward` on the same values returned `saved`; once for each `saved`.
 
-        The last outputs, as many as there are `sums`, are not returned but added to these flat i64 arrays. After a fault
-        the sums are worth nothing.
+        The last outputs, as many as there are `sums`, are not returned but added to these flat i64 arrays. After a
+        fault the sums are worth nothing.
         """
 
     def forget(self) -> None:

@@ -11,7 +11,7 @@ import base64
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from runtime.program.types import NUMPY, type_of
 from runtime.recipe import OptimiserConfig, ScheduleConfig
 
 FILE = Path(__file__).with_name("vectors.json")
+BLOCKS = Path(__file__).with_name("block_vectors.json")
 SEED = 20261123
 SPECIAL = (0.0, -0.0, 1.0, -1.0, 0.5, 1.5, 2.5, -2.5, 2**-126, 2**-149, -(2**-149), 1.5 * 2**-126, 3.4028235e38)
 """Zeros, ties, the smallest normal and subnormal numbers, the largest finite one."""
@@ -51,9 +52,13 @@ class Mismatch:
     place: str
     expected: str
     actual: str
+    operands: tuple[str, ...] = ()
+    """The elements of the inputs at that place, where the inputs have the output's shape."""
 
     def __str__(self) -> str:
-        return f"{self.vector} ({', '.join(self.operators)}), {self.place}: expected {self.expected}, got {self.actual}"
+        given = f" of {', '.join(self.operands)}" if self.operands else ""
+        told = self.operators if len(self.operators) <= 6 else (*self.operators[:5], f"{len(self.operators) - 5} more")
+        return f"{self.vector} ({', '.join(told)}), {self.place}{given}: expected {self.expected}, got {self.actual}"
 
 
 # ------------------------------------------------------------------------------------------------------------ checking
@@ -77,9 +82,11 @@ def check(executor: Executor, vector: Vector) -> Mismatch | None:
         wrong = expected.view(np.uint8).reshape(expected.size, -1) != actual.view(np.uint8).reshape(actual.size, -1)
         if wrong.any():
             i = int(wrong.any(axis=1).argmax())
-            return _mismatch(
+            alike = [a.reshape(-1)[i].tobytes().hex() for a in vector.inputs if a.shape == want.shape and a.ndim]
+            found = _mismatch(
                 vector, f"output {number}, element {i}", expected[i].tobytes().hex(), actual[i].tobytes().hex()
             )
+            return replace(found, operands=tuple(alike) if len(alike) == len(vector.inputs) else ())
     return None
 
 
@@ -95,9 +102,10 @@ def _fault(element: int | None) -> str:
 # ------------------------------------------------------------------------------------------------------------ the file
 
 
-def load(path: Path = FILE) -> list[Vector]:
-    """The vectors of a file."""
-    return [_from_json(case) for case in json.loads(path.read_text(encoding="utf-8"))["vectors"]]
+def load(*paths: Path) -> list[Vector]:
+    """The vectors of files; without any those of operators and of whole blocks."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in paths or (FILE, BLOCKS)]
+    return [_from_json(case) for file in files for case in file["vectors"]]
 
 
 def text(vectors: Sequence[Vector]) -> str:

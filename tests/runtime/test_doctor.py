@@ -7,16 +7,17 @@ import pytest
 from runtime import executors
 from runtime.doctor import examine
 from runtime.executors import reference
+from runtime.program.block_vectors import make_blocks
 from runtime.program.operators import OPERATORS
 from runtime.program.reference import ReferenceExecutor
-from runtime.program.vectors import FILE, Mismatch, Vector, check, load, make, text
+from runtime.program.vectors import BLOCKS, FILE, Mismatch, Vector, check, load, make, text
 from storage.errors import FailureError
 from trueweight import cli
 
 
 @pytest.fixture(scope="module")
 def vectors() -> list[Vector]:
-    return load()
+    return load(FILE)
 
 
 class Flipping(ReferenceExecutor):
@@ -40,6 +41,9 @@ class Broken(ReferenceExecutor):
 def test_the_file_is_what_the_reference_executor_gives() -> None:
     assert text(make(reference(1))) == FILE.read_text(encoding="utf-8"), (
         "run python -m runtime.program.vectors runtime/program/vectors.json"
+    )
+    assert text(make_blocks(reference(1))) == BLOCKS.read_text(encoding="utf-8"), (
+        "run python -m runtime.program.block_vectors runtime/program/block_vectors.json"
     )
 
 
@@ -73,7 +77,7 @@ def test_a_missing_or_displaced_fault_is_found(vectors: list[Vector]) -> None:
 
 def test_a_wrong_device_is_named_with_both_bytes(vectors: list[Vector]) -> None:
     wrong, broken, right = examine({"wrong": Flipping, "broken": Broken, "right": ReferenceExecutor}, vectors)
-    assert wrong.failure.startswith("scale (scale), output 0, element 95: expected ")
+    assert wrong.failure.startswith("scale (scale), output 0, element 95 of f0cfe6bf, 49010000: expected ")
     assert broken.failure == "the device does not compute 'sqrt' exactly"
     assert right.failure == ""
     assert right.product_gops > 0
@@ -83,7 +87,9 @@ def test_a_wrong_device_is_named_with_both_bytes(vectors: list[Vector]) -> None:
 def test_doctor_says_exact(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0
     (first, *_) = json.loads(capsys.readouterr().out)["executors"]
-    assert first["executor"] == "reference on cpu"
+    assert first["executor"] == "compiled on cpu"
+    assert first["path"]
+    assert min(first[key] for key in ("product_gops", "float_gflops", "elementwise_gflops", "memory_gbs")) > 0
     assert first["failure"] == ""
     assert cli.main(["doctor"]) == 0
     assert "exact" in capsys.readouterr().out
@@ -94,5 +100,5 @@ def test_doctor_refuses_a_wrong_device(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert cli.main(["doctor"]) == 1
     captured = capsys.readouterr()
     assert "wrong" in captured.out
-    assert "flipping: scale (scale), output 0, element 95: expected " in captured.err
+    assert "flipping: scale (scale), output 0, element 95 of f0cfe6bf, 49010000: expected " in captured.err
     assert "give this device no exact work" in captured.err

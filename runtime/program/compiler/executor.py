@@ -19,7 +19,7 @@ import torch
 from runtime.program.compiler import products
 from runtime.program.compiler.axes import View
 from runtime.program.compiler.graph import make_graph, tensor_of
-from runtime.program.compiler.native import CACHE, Library, Progress, quiet
+from runtime.program.compiler.native import Library, Progress, cache_folder, quiet
 from runtime.program.compiler.plan import INTO, Plan, Whole, make_plan
 from runtime.program.compiler.runner import make_runner
 from runtime.program.compiler.saving import saved_values, shared
@@ -65,7 +65,7 @@ class _GaveUp(Exception):
 class CompiledExecutor(ReferenceExecutor):
     """Runs Programs on the CPU by compiled plans. Handles are torch tensors, as the reference executor's.
 
-    `threads` share the rows of each kernel; `cache` is the folder of compiled kernels, None for none. `profile`, where
+    `threads` share the rows of each kernel; compiled kernels are kept on disk unless `cache` is False. `profile`, where
     given, collects seconds by kind of step.
     """
 
@@ -73,20 +73,24 @@ class CompiledExecutor(ReferenceExecutor):
         self,
         threads: int = 1,
         *,
-        cache: Path | None = Path(CACHE),  # noqa: B008 - a constant
+        cache: bool = True,
         profile: dict[str, float] | None = None,
         progress: Progress = quiet,
     ) -> None:
         super().__init__("cpu")
-        self._library = Library(cache)
+        self._library = Library(cache_folder() if cache else None, progress)
         self._runner = make_runner(self._library)
         self._threads = max(threads, 1)
         self._pool = ThreadPoolExecutor(self._threads - 1) if self._threads > 1 else None
         self._spent = profile
-        self._progress = progress
         self._ready: dict[Any, _Ready] = {}
         self._pairs: dict[Any, _Pair] = {}
         self._arena = torch.empty(0, dtype=torch.int8)
+
+    @property
+    def path(self) -> str:
+        """How digits are multiplied here."""
+        return products.chosen()
 
     def run(
         self, program: Program, inputs: Sequence[Tensor], observe: Observer | None = None, *, stable: int = 0
@@ -182,9 +186,7 @@ class CompiledExecutor(ReferenceExecutor):
         )
 
     def _prepare(self, plan: Plan) -> _Ready:
-        before, main = (
-            pieces(plan, part, self._library, self._threads, self._progress) for part in (plan.before, plan.main)
-        )
+        before, main = (pieces(plan, part, self._library, self._threads) for part in (plan.before, plan.main))
         return _Ready(plan, before, main)
 
     # ------------------------------------------------------------------------------------------------------------- runs
@@ -220,7 +222,8 @@ class CompiledExecutor(ReferenceExecutor):
     ) -> None:
         """Runs pieces in order. `memory` has the arrays outside the arena, and gets those that are made there."""
         if self._arena.numel() < arena:
-            self._arena = torch.empty(arena, dtype=torch.int8)
+            self._arena = torch.empty(0, dtype=torch.int8)
+            self._arena = allocate(arena, torch.int8)
         base = self._arena.data_ptr()
         for item in items:
             if isinstance(item, Segment):
@@ -237,7 +240,7 @@ class CompiledExecutor(ReferenceExecutor):
     def _fresh(self, plan: Plan, buffer: int, spare: Mapping[int, list[Tensor]] | None) -> Tensor:
         if spare and spare.get(buffer):
             return spare[buffer].pop()
-        return torch.empty(plan.buffers[buffer].elements, dtype=TORCH[plan.buffers[buffer].dtype])
+        return allocate(plan.buffers[buffer].elements, TORCH[plan.buffers[buffer].dtype])
 
     def _segment(self, segment: Segment) -> None:
         """Runs a segment on all threads, this one included."""
@@ -282,7 +285,7 @@ class CompiledExecutor(ReferenceExecutor):
                 made = _product(step, operands)
             elif step.op.name in INTO:
                 into = at(step.output) if step.output in offsets else self._fresh(plan, step.output, spare)
-                made = scatter_add(*operands, **step.op.attributes, into=into.view(step.op.type.shape))
+                made = scatter_add(operands[0], operands[1], step.op.attributes["rows"], into.view(step.op.type.shape))
             else:
                 made = self._apply(plan.graph.program, step.op.name, step.op.attributes, operands)
         except Refused:
@@ -304,6 +307,37 @@ class CompiledExecutor(ReferenceExecutor):
                     view = ready.plan.views[value]
                     made.append(show(memory[view.buffer], view).contiguous())
         return made
+
+
+LARGE = 2**24
+"""Bytes from which memory is asked for only after a look at how much there is."""
+
+
+def available() -> int | None:
+    """Bytes of memory that this host can still give, None where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0][1]) * 1024 if found else None
+
+
+def allocate(elements: int, dtype: torch.dtype) -> Tensor:
+    """A flat array; FailureError that says how much was asked for, what there is and what would fit."""
+    size = elements * dtype.itemsize
+    free = available() if size >= LARGE else None
+    try:
+        if free is None or size <= free:
+            return torch.empty(elements, dtype=dtype)
+    except RuntimeError:  # torch's allocator: a limit of this process
+        free = available() or 0
+    parts = -(-size // max(free, 1))
+    raise FailureError(
+        f"out of memory: expected {size / 2**30:.1f} GiB for a block's values, got {free / 2**30:.1f} GiB available; "
+        + (f"a micro-batch of a {parts}th of this size would fit: raise" if parts > 1 else "raise")
+        + " [training] micro_batches, or give this host fewer workers"
+    )
 
 
 def _product(step: Whole, operands: Sequence[Tensor]) -> Tensor:

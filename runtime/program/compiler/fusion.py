@@ -1,12 +1,12 @@
 """Cuts a graph into clusters: operators that run in one nest of loops, stage by stage.
 
-A stage first runs what is not a loop (products, rows by index, copies that no view can express) on arrays that are
-there, then clusters. Within a stage an operator joins the cluster of its operands, or joins several into one, where they
+A stage first runs what is no loop (products, rows by index, copies that no view can express) on arrays that are there,
+then clusters. Within a stage an operator joins the cluster of its operands, or joins several into one, where they
 can share loops; where it cannot, its operands are stored and it waits for the next stage. So clusters of a stage never
 wait for one another, and joining them is always possible in time.
 
-Sums and maxima over the innermost loops (`inner`) end inside the cluster: a softmax or a layer norm is one cluster. Over
-other loops they end with it: every row adds to an array in memory (`kept`).
+Sums and maxima over the innermost loops (`inner`) end inside the cluster: a softmax or a layer norm is one cluster.
+Over other loops they end with it: every row adds to an array in memory (`kept`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.program.compiler.axes import (
+    Atom,
     Axes,
     Axis,
     Dim,
@@ -102,8 +103,6 @@ class Stage:
     clusters: list[Cluster]
 
 
-
-
 @dataclass(frozen=True)
 class Inside:
     """A value that a cluster of the current stage makes: which value, under which dimensions."""
@@ -129,11 +128,12 @@ class Fusion:
     # ---------------------------------------------------------------------------------------------------- the stages
 
     def run(self, values: Iterable[int], needed: set[int]) -> list[Stage]:
-        """The stages that make `values` (of the graph); those in `needed` have to be in memory at the end."""
+        """The stages that make `values` of the graph; those in `needed` have to be in memory at the end."""
         waiting = {v: self._waiting.pop(v) for v in values if v in self._waiting}
-        later = {o for op in self._waiting.values() for o in op.inputs} | needed | {*self.graph.outputs, *self.graph.saved}
+        later = {o for op in self._waiting.values() for o in op.inputs}
+        later |= needed | {*self.graph.outputs, *self.graph.saved}
         self._lazy = lazy_values(self.graph) - later
-        stages = []
+        stages: list[Stage] = []
         while waiting:
             before = len(waiting)
             stages.append(self._stage(len(stages), waiting, later))
@@ -225,7 +225,7 @@ class Fusion:
         return strides
 
     def _view(self, inside: Inside, shape: Sequence[int], strides: dict[Axis, int]) -> View:
-        dims = []
+        dims: list[tuple[Atom, ...]] = []
         for dim, size in zip(inside.dims, shape, strict=True):
             if dim is None:
                 dims.append(((size, 0),))
@@ -320,13 +320,14 @@ class Fusion:
         dims: list[Dim] = []
         for i, size in enumerate(shape):
             own: list[Dim] = [w.dims[i] for w in where if isinstance(w, Inside) and w.dims[i]]
-            if shared is not None and shared[i] and axes.sizes(axes.leaves(shared[i])) == size:
-                own.append(shared[i])
+            known = shared[i] if shared is not None else None
+            if known and axes.sizes(axes.leaves(known)) == size:
+                own.append(known)
             if size == 1:
                 dims.append(())
                 continue
             for other in own[1:]:
-                if not axes.unify(own[0], other):  # type: ignore[arg-type]
+                if not axes.unify(own[0] or (), other or ()):
                     return None
             dims.append(own[0] if own else None)
         for i, size in enumerate(shape):
@@ -359,6 +360,8 @@ class Fusion:
     ) -> bool:
         """Joins clusters and adds the operator; False where one of them could not take the others' axes."""
         axes = self.axes
+        if sum(len(c.members) for c in clusters) >= MOST:
+            return False
         space = list(dict.fromkeys(a for c in clusters for a in axes.leaves(c.space)))
         space += [a for a in dict.fromkeys(a for dim in dims if dim for a in axes.leaves(dim)) if a not in space]
         inners = [set(axes.leaves(c.inner)) for c in clusters if c.inner is not None]
@@ -428,7 +431,7 @@ class Fusion:
                 self.axes.restore(saved)
                 clusters = []
                 dims = tuple((self.axes.new(n),) if n > 1 else () for n in shape)
-                if not all(self.axes.cut(d, a) for d, a in zip(dims, where.dims, strict=True)):  # type: ignore[arg-type]
+                if not all(self.axes.cut(d or (), a) for d, a in zip(dims, where.dims, strict=True)):
                     return False
             cluster = clusters[0] if clusters else Cluster(number)
             operand = self._operand(where, op.inputs[0], dims, cluster)
@@ -488,12 +491,16 @@ class Fusion:
 
 LAZY = 4096
 """Values of fewer elements are made as soon as they can be."""
+CHAIN = 50
+"""Lazy values that wait for one another, at most."""
+MOST = 1000
+"""Operators in a cluster, at most: compiling takes longer than in proportion, and a Program is anybody's."""
 
 
 def lazy_values(graph: Graph) -> set[int]:
     """Elementwise values larger than all that they are made of: better made where they are read than stored."""
     different: dict[int, int] = {n: t.elements for n, t in enumerate(graph.inputs)}
-    lazy: set[int] = set()
+    lazy: dict[int, int] = {}
     for value, op in graph.ops.items():
         operands = [o for o in op.inputs if o not in graph.literals]
         elements = op.type.elements
@@ -505,9 +512,10 @@ def lazy_values(graph: Graph) -> set[int]:
         else:
             different[value] = elements
         moved = op.name in VIEWS and bool(operands) and operands[0] in lazy
-        if (op.name in ELEMENTWISE and elements >= LAZY and small) or moved:
-            lazy.add(value)
-    return lazy
+        depth = 1 + max((lazy.get(o, 0) for o in operands), default=0)
+        if ((op.name in ELEMENTWISE and elements >= LAZY and small) or moved) and depth <= CHAIN:
+            lazy[value] = depth
+    return set(lazy)
 
 
 def _move(view: View, op: Op) -> View | None:

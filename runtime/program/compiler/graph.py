@@ -18,9 +18,8 @@ from runtime.program.program import Op, Program
 from runtime.program.reference import MEANING, Refused
 from runtime.program.types import NUMPY, Type
 
-ELEMENTWISE = frozenset(
-    "add sub mul div sqrt scale and or xor shl shr eq lt le select rint float cast digit bitcast".split()
-)
+ARITHMETIC = ("add", "sub", "mul", "div", "sqrt", "scale", "and", "or", "xor", "shl", "shr")
+ELEMENTWISE = frozenset((*ARITHMETIC, "eq", "lt", "le", "select", "rint", "float", "cast", "digit", "bitcast"))
 REDUCTIONS = frozenset(("sum", "max"))
 VIEWS = frozenset(("reshape", "transpose", "slice", "broadcast"))
 FAULTING = frozenset(("rint", "take", "scatter_add"))
@@ -55,7 +54,8 @@ def make_graph(
 ) -> Graph:
     """The graph of a Program that also keeps the values in `saved`, and is handed those in `given`.
 
-    The last `sums` outputs are to be added to arrays; `added` are those of them that a loop can add itself. Values in `known` were computed before without a fault, so none of them is computed again for its fault alone.
+    The last `sums` outputs are to be added to arrays; `added` are those of them that a loop can add itself. Values in
+    `known` were computed before without a fault, so none of them is computed again for its fault alone.
     """
     first = len(program.inputs)
     ops = {first + number: op for number, op in enumerate(program.ops)}
@@ -175,7 +175,7 @@ def _gather(graph: Graph) -> None:
                 linear[value] = linear[op.inputs[0]] + linear[op.inputs[1]]
     users = graph.users()
     roots = {
-        v for v in linear if v in graph.outputs or v in graph.saved or any(user not in linear for user in users.get(v, ()))
+        v for v in linear if v in (*graph.outputs, *graph.saved) or any(user not in linear for user in users.get(v, ()))
     } - set(graph.literals)
     ops: dict[int, Op] = {}
     fresh = max(graph.types, default=0) + 1
@@ -221,7 +221,8 @@ def _product(root: Op, terms: Sequence[Term]) -> Op:
         "terms": tuple((lefts.index(a), rights.index(b), s) for a, b, s in terms),
     }
     inputs = (*lefts, *rights)
-    return Op(name="product", inputs=inputs, attributes=attributes, type=Type("i32", root.type.shape), label=root.label)
+    made = Type("i32", root.type.shape)
+    return Op(name="product", inputs=inputs, attributes=attributes, type=made, label=root.label)
 
 
 def _groups(graph: Graph, terms: Sequence[Term]) -> list[tuple[list[Term], int]]:

@@ -150,7 +150,7 @@ class Kernel:
     """A compiled cluster: `text` defines `name`, a function over 0 .. rows.
 
     Its table has the buffers of `reads`, of `writes`, of `accumulators` (value, operator, elements), then a row of
-    `scratch` bytes each, the last two private to a thread.
+    `scratch` bytes each, the last two private to a thread, and an i64 array of `constants` if there are any.
     """
 
     name: str
@@ -162,6 +162,7 @@ class Kernel:
     accumulators: tuple[tuple[int, str, int], ...]
     scratch: tuple[int, ...]
     label: str
+    constants: tuple[int, ...] = ()
 
 
 class _Body:
@@ -176,7 +177,7 @@ class _Body:
         self.groups, self.outer = self._collapse()
         self._times()
 
-    # --------------------------------------------------------------------------------------------------- what goes where
+    # ------------------------------------------------------------------------------------------------- what goes where
 
     def _strides(self, operand: Load) -> dict[Axis, int]:
         return self.fusion.strides(operand)
@@ -272,7 +273,7 @@ class _Body:
             return self.cost.get(operand.value, 0)
         return 1 if self._operand_full(operand) else 0
 
-    # ----------------------------------------------------------------------------------------------------------- writing
+    # --------------------------------------------------------------------------------------------------------- writing
 
     def write(self) -> Kernel:
         """The kernel."""
@@ -343,12 +344,17 @@ class _Body:
         roots = [v for v in self.members if self.is_full[v] and self.time[v] == time and self._is_root(v)]
         if not reduced and not roots:
             return
+        needed = [v for v in self.members if self.is_full[v] and self.time[v] == time and v not in self.kept]
         checked = any(self.members[v].op.name == "rint" for v in roots)
         initial = [_identity(self.members[v].op) for v in reduced] + ([I32(0)] if checked else [])
+
         def body(index: list[ir.Value], state: list[ir.Value]) -> list[ir.Value]:
             known: dict[Any, ir.Value] = {}
+            for v in needed:
+                self._value(Local(v), known, index, time)
             flags = [f for v in roots if (f := self._root(v, known, index, time)) is not None]
-            made = [self._combined(self.members[v], s, known, index, time) for v, s in zip(reduced, state, strict=False)]
+            pairs = zip(reduced, state, strict=False)
+            made = [self._combined(self.members[v], total, known, index, time) for v, total in pairs]
             return [*made, self._flagged(state[-1], flags)] if checked else made
 
         final = self._nest(bounds, self.inner_sizes, [], initial, body)
@@ -368,7 +374,8 @@ class _Body:
         """The inner loops, the first one over `bounds` if given, around a body that replaces the carried values."""
         if not sizes:
             return body(index, carried)
-        with self.f.loop(*(bounds or (0, sizes[0])), carried=carried, vectorised=len(sizes) == 1) as (i, state):
+        start, stop = bounds or (0, sizes[0])
+        with self.f.loop(start, stop, carried=carried, vectorised=len(sizes) == 1) as (i, state):
             state[:] = self._nest(None, sizes[1:], [*index, i], list(state), body)
         return state
 
@@ -402,8 +409,9 @@ class _Body:
 
     def _accumulate(self, value: int, known: dict[Any, ir.Value], index: list[ir.Value], time: int) -> None:
         member = self.members[value]
-        at = self._address(self.target[value], 0, self.along(self._kept_strides(value)), index, TYPE[member.op.type.dtype])
-        before = self.f.builder.load(at, typ=TYPE[member.op.type.dtype])
+        kind = TYPE[member.op.type.dtype]
+        at = self._address(self.target[value], 0, self.along(self._kept_strides(value)), index, kind)
+        before = self.f.builder.load(at, typ=kind)
         self.f.builder.store(self._combined(member, before, known, index, time), at)
 
     def _combined(self, member: Member, before: ir.Value, known: Any, index: list[ir.Value], time: int) -> ir.Value:
@@ -448,9 +456,11 @@ class _Body:
             return self.members[operand.value].op.type.dtype
         return operand.dtype
 
-    # ------------------------------------------------------------------------------------------------------------ memory
+    # ---------------------------------------------------------------------------------------------------------- memory
 
-    def _address(self, base: ir.Value, offset: int, strides: Sequence[int], inner: Sequence[ir.Value], kind: ir.Type) -> Any:
+    def _address(
+        self, base: ir.Value, offset: int, strides: Sequence[int], inner: Sequence[ir.Value], kind: ir.Type
+    ) -> ir.Value:
         b = self.f.builder
         at: ir.Value = I64(offset)
         for i, stride in zip([*self.index, *inner], strides, strict=False):

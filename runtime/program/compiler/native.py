@@ -1,8 +1,8 @@
 """LLVM modules to machine code, with a cache on disk of what was compiled before.
 
-A cached object is a file named after what it was made from: module text, processor, LLVM. It begins with a digest of its
-name and its bytes, so a damaged, truncated or renamed one is compiled again and never run. Files appear under their
-names by rename, so any number of processes may share the folder.
+A cached object is a file named after what it was made from: module text, processor, LLVM. It begins with a digest of
+its name and its bytes, so a damaged, truncated or renamed one is compiled again and never run. Files appear by rename,
+so any number of processes may share the folder.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from llvmlite import ir
 from storage.errors import FailureError
 from storage.files import write_whole
 
-I1, I8, I16, I32, I64, F32 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+I1, I8, I32, I64, F32 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 POINTER = ir.PointerType()
 
 Address = int
 """Of a compiled kernel: (i64 first, i64 end, pointer to a table of addresses) -> i32, 0 or what it refused."""
 
-Progress = Callable[[int, int], None]
-"""Called with the kernels compiled so far and those to compile in all."""
-
-CACHE = "~/.cache/trueweight/kernels"
+Progress = Callable[[int], None]
+"""Called after each kernel that had to be compiled, with their number so far."""
 
 
-def quiet(done: int, total: int) -> None:
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: below XDG_CACHE_HOME, which is ~/.cache unless it says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "trueweight" / "kernels"
+
+
+def quiet(done: int) -> None:
     """Reports nothing."""
 
 
@@ -127,9 +130,7 @@ def entry(name: str, inner: Function, pointers: int) -> str:
     inner.function.linkage = "internal"
     outer = ir.Function(inner.module, ir.FunctionType(I32, [I64, I64, POINTER]), name)
     b = ir.IRBuilder(outer.append_basic_block())
-    table = [
-        b.load(b.gep(outer.args[2], [I64(i)], source_etype=POINTER), typ=POINTER) for i in range(pointers)
-    ]
+    table = [b.load(b.gep(outer.args[2], [I64(i)], source_etype=POINTER), typ=POINTER) for i in range(pointers)]
     b.ret(b.call(inner.function, [outer.args[0], outer.args[1], *table]))
     return inner.text()
 
@@ -180,20 +181,20 @@ def compile_object(text: str) -> bytes:
 class Library:
     """Compiled functions by module text. `folder` holds the compiled objects, None keeps them in memory only."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, progress: Progress = quiet) -> None:
         processor()
+        self._progress = progress
         self._folder = private(folder) if folder is not None else None
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
         self._entries: dict[str, Address] = {}
         self.compiled = 0
 
-    def add(self, modules: Iterable[tuple[str, str]], progress: Progress = quiet) -> list[Address]:
+    def add(self, modules: Iterable[tuple[str, str]]) -> list[Address]:
         """The address of each (name, text) in order. A text that was added before costs nothing."""
         wanted = [(name, text, self._key(text)) for name, text in modules]
         fresh = {key: text.replace(f'@"{name}"', f'@"{key}"') for name, text, key in wanted if key not in self._entries}
-        for done, (key, text) in enumerate(fresh.items()):
+        for key, text in fresh.items():
             self._engine.add_object_file(llvm.ObjectFileRef.from_data(self._object(key, text)))
-            progress(done + 1, len(fresh))
         if fresh:
             self._engine.finalize_object()
         for key in fresh:
@@ -205,15 +206,14 @@ class Library:
         return hashlib.sha256(made_from.encode()).hexdigest()
 
     def _object(self, key: str, text: str) -> bytes:
-        if self._folder is None:
-            self.compiled += 1
-            return compile_object(text)
-        path = self._folder / f"{key}.o"
-        found = _read(path, key)
+        path = self._folder / f"{key}.o" if self._folder is not None else None
+        found = _read(path, key) if path is not None else None
         if found is None:
-            self.compiled += 1
             found = compile_object(text)
-            _write(path, _digest(key, found) + found)
+            self.compiled += 1
+            self._progress(self.compiled)
+            if path is not None:
+                _write(path, _digest(key, found) + found)
         return found
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from runtime.program.compiler import products, vnni
-from runtime.program.compiler.axes import View, contiguous
+from runtime.program.compiler.axes import View, contiguous, join
 from runtime.program.compiler.fusion import Fusion, Literal, Single, Stage
 from runtime.program.compiler.graph import Graph
 from runtime.program.compiler.loops import Kernel, kernel
@@ -138,9 +138,9 @@ class _Planner:
 
     def _single(self, single: Single, steps: list[Step]) -> None:
         self.buffers[single.value] = Buffer(single.op.type.dtype, single.op.type.elements)
-        if single.op.name == "product" and products.chosen() == products.VNNI and 0 not in single.op.type.shape:
-            if self._product(single, steps):
-                return
+        vnni_product = single.op.name == "product" and products.chosen() == products.VNNI
+        if vnni_product and 0 not in single.op.type.shape and self._product(single, steps):
+            return
         operands = tuple(
             o if isinstance(o, View) else (o, self.graph.types[v])
             for o, v in zip(single.operands, single.op.inputs, strict=True)
@@ -150,7 +150,7 @@ class _Planner:
     # ---------------------------------------------------------------------------------------------------- VNNI products
 
     def _product(self, single: Single, steps: list[Step]) -> bool:
-        """Packs the operands and multiplies; False where an operand's matrices do not lie at even distances or K is 0."""
+        """Packs the operands and multiplies; False where a matrix does not lie at even distances or K is 0."""
         count, terms = single.op.attributes["lefts"], single.op.attributes["terms"]
         views = [o for o in single.operands if isinstance(o, View)]
         *leading, m, n = single.op.type.shape
@@ -158,7 +158,7 @@ class _Planner:
         if len(views) != len(single.operands) or k == 0:
             return False
         matrices = [View(v.buffer, v.offset, v.dims[-2:]).strided() for v in views]
-        if any(s is None for s in matrices):
+        if any(s is None for s in matrices) or not all(vnni.fits(_batch(v)) for v in views):
             return False
         along = [s[1] for s in matrices if s is not None]
         lefts = [self._left(v, s, (batch, k, m), steps) for v, s in zip(views[:count], along[:count], strict=True)]
@@ -166,14 +166,15 @@ class _Planner:
         rows = [left[2] for left in lefts]
         made = Kernel(
             name="product",
-            text=vnni.product(m=m, n=n, k=k, lefts=rows, rights=len(rights), levels=_levels(terms)),
-            rows=batch * -(-m // vnni.ROWS),
+            text=vnni.product(lefts=tuple(r.direct for r in rows), rights=len(rights), levels=_levels(terms)),
+            rows=batch * vnni.tiles(m),
             work=batch * m * n * k,
             reads=(*(left[0] for left in lefts), *(left[1] for left in lefts), *rights),
             writes=(single.value,),
             accumulators=(),
             scratch=(),
             label=single.op.label,
+            constants=vnni.product_sizes(m=m, n=n, k=k, lefts=rows),
         )
         steps.append(Loop(made, "products"))
         return True
@@ -186,40 +187,58 @@ class _Planner:
             return self.lefts[view]
         batch, k, m = sizes
         if strides[1] == 1 and k % 4 == 0 and (strides[0] >= k or m == 1):
-            buffer, rows = view.buffer, vnni.Rows(view.offset, tuple(_batch(view)), strides[0])
+            buffer, rows = view.buffer, vnni.Rows(view.offset, _batch(view), strides[0])
         else:
             buffer = self._pack(view, strides, (k, m), False, steps)
             rows = vnni.Rows(0, ((batch, vnni.padded(m) * -(-k // 4) * 4),), None)
         ranges = self._new("i32", batch * 3 * vnni.padded(m))
-        scan = vnni.scan(m=m, k=k, matrices=batch, rows=rows)
-        self._add("scan", scan, batch, batch * m * k, buffer, ranges, self._when(view, steps))
+        numbers = vnni.scan_sizes(m=m, k=k, rows=rows)
+        text = vnni.scan(direct=rows.direct)
+        self._add("scan", text, (batch, batch * m * k), buffer, ranges, numbers, self._when(view, steps))
         self.lefts[view] = (buffer, ranges, rows)
         return self.lefts[view]
 
-    def _pack(
-        self, view: View, strides: Sequence[int], sizes: tuple[int, int], right: bool, steps: list[Step]
-    ) -> int:
+    def _pack(self, view: View, strides: Sequence[int], sizes: tuple[int, int], right: bool, steps: list[Step]) -> int:
         """The buffer of an operand in panels."""
         if (view, right) not in self.packs:
             k, n = sizes
             batch = _batch(view)
             along = (strides[0], strides[1]) if right else (strides[1], strides[0])
             count = math.prod(size for size, _ in batch)
-            panels = count * vnni.padded(n) // vnni.PANEL
             made = self._new("i8", count * vnni.padded(n) * -(-k // 4) * 4)
-            text = vnni.pack(k=k, n=n, offset=view.offset, batch=batch, strides=along, right=right)
-            self._add("pack", text, panels, count * k * n, view.buffer, made, self._when(view, steps))
+            text = vnni.pack(along={along[1]: "n", along[0]: "k"}.get(1, ""), right=right)
+            numbers = vnni.pack_sizes(k=k, n=n, offset=view.offset, batch=batch, strides=along)
+            size = (count * vnni.padded(n) // vnni.PANEL, count * k * n)
+            self._add("pack", text, size, view.buffer, made, numbers, self._when(view, steps))
             self.packs[view, right] = made
         return self.packs[view, right]
 
     def _when(self, view: View, steps: list[Step]) -> list[Step]:
         return self.before if view.buffer in self.early else steps
 
-    def _add(self, name: str, text: str, rows: int, work: int, source: int, target: int, steps: list[Step]) -> None:
+    def _add(
+        self,
+        name: str,
+        text: str,
+        size: tuple[int, int],
+        source: int,
+        target: int,
+        numbers: tuple[int, ...],
+        steps: list[Step],
+    ) -> None:
+        """A step that prepares an operand, of so many rows and so much work."""
         made = Kernel(
-            name=name, text=text, rows=rows, work=work, reads=(source,), writes=(target,), accumulators=(), scratch=(),
+            name=name,
+            text=text,
+            rows=size[0],
+            work=size[1],
+            reads=(source,),
+            writes=(target,),
+            accumulators=(),
+            scratch=(),
             label="",
-        )  # fmt: skip
+            constants=numbers,
+        )
         steps.append(Loop(made, "packing"))
 
     def _new(self, dtype: str, elements: int) -> int:
@@ -228,18 +247,18 @@ class _Planner:
         return self.next
 
 
-def _levels(terms: Sequence[tuple[int, int, int]]) -> list[tuple[list[tuple[int, int]], int]]:
+def _levels(terms: Sequence[tuple[int, int, int]]) -> vnni.Levels:
     """Terms by falling shift, with how far to shift after each level."""
     shifts = sorted({s for _, _, s in terms}, reverse=True)
-    return [
-        ([(i, j) for i, j, s in terms if s == shift], shift - following)
+    return tuple(
+        (tuple((i, j) for i, j, s in terms if s == shift), shift - following)
         for shift, following in zip(shifts, [*shifts[1:], 0], strict=True)
-    ]
+    )
 
 
-def _batch(view: View) -> list[tuple[int, int]]:
+def _batch(view: View) -> vnni.Atoms:
     """Sizes and strides of the axes before the matrices."""
-    return [atom for dim in view.dims[:-2] for atom in dim if atom[0] > 1]
+    return tuple(join([atom for dim in view.dims[:-2] for atom in dim if atom[0] > 1]))
 
 
 def _span(view: View) -> int:

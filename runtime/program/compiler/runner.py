@@ -12,8 +12,8 @@ from runtime.program.compiler.native import I32, I64, POINTER, Function, Library
 Runner = Callable[[int, int, int, int, int], int]
 """(steps, how many, threads, barrier, times) -> 0, or what a kernel refused; addresses of i64 arrays, 0 for no times.
 
-A step is four i64: a kernel's address, its first and end row on this thread, its table. `times` gets nanoseconds: at the
-start and after each step. `barrier` is one i64, 0 at the start, the same for all threads.
+A step is four i64: a kernel's address, its first and end row on this thread, its table. `times` gets nanoseconds: at
+the start and after each step. `barrier` is one i64, 0 at the start, the same for all threads.
 """
 
 PATIENCE = 1024
@@ -46,7 +46,7 @@ def _text() -> str:
             kernel = b.load(step, typ=POINTER)
             table = b.load(f.at(step, 3, I64), typ=POINTER)
             call = ir.FunctionType(I32, [I64, I64, POINTER])
-            made = b.call(_Typed(kernel, call), [first, end, table])  # type: ignore[arg-type]
+            made = b.call(_Typed(kernel, call), [first, end, table])
             b.store(b.or_(b.load(bad, typ=I32), made), bad)
         with b.if_then(b.icmp_signed(">", threads, I64(1))):
             _meet(f, barrier, b.mul(b.add(i, I64(1)), threads))

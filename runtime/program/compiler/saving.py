@@ -58,9 +58,7 @@ def saved_values(backward: Program, common: Mapping[int, int], stable: int) -> l
                 graph.add_edge("source", (value, "in"))
     _, (_, needs) = networkx.minimum_cut(graph, "source", "sink")
     return sorted(
-        value
-        for value in common
-        if ((value, "out") in needs and (value, "in") in graph and (value, "in") not in needs)
+        value for value in common if ((value, "out") in needs and (value, "in") in graph and (value, "in") not in needs)
     )
 
 
@@ -83,4 +81,3 @@ def _drawn(program: Program) -> set[int]:
         elif any(o in drawn for o in op.inputs):
             drawn.add(value)
     return drawn
-

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from runtime.program.compiler.native import Address, Library, Progress
+from runtime.program.compiler.native import Address, Library
 from runtime.program.compiler.plan import Loop, Part, Plan, Whole
 from runtime.program.compiler.runner import clear, combine
 from runtime.program.types import NUMPY
@@ -30,8 +30,8 @@ class Step:
 class Segment:
     """Kernels that run one after another.
 
-    `steps` is i64 [thread][step][4] as the runner takes it; `slots` holds all tables, `where` the places in it that have
-    the addresses of the buffers `which`; `fresh` are buffers made here outside the arena, `outside` all that lie there.
+    `steps` is i64 [thread][step][4] as the runner takes it; `slots` holds all tables, `where` the places in it that
+    have the addresses of the buffers `which`; `fresh` are buffers made here outside the arena, `outside` all there.
     """
 
     steps: np.ndarray
@@ -80,7 +80,7 @@ class Alone:
 Piece = Segment | Alone
 
 
-def pieces(plan: Plan, part: Part, library: Library, threads: int, progress: Progress) -> list[Piece]:
+def pieces(plan: Plan, part: Part, library: Library, threads: int) -> list[Piece]:
     """The pieces of a part, compiled."""
     made: list[Piece] = []
     run: list[Loop] = []
@@ -92,24 +92,29 @@ def pieces(plan: Plan, part: Part, library: Library, threads: int, progress: Pro
             gone += outside
             continue
         if run:
-            made.append(_segment(plan, part, run, gone, library, threads, progress))
+            made.append(_segment(plan, part, run, gone, library, threads))
             run, gone = [], []
         made.append(Alone(step, part.offsets, tuple(outside)))
     if run:
-        made.append(_segment(plan, part, run, gone, library, threads, progress))
+        made.append(_segment(plan, part, run, gone, library, threads))
     return made
 
 
 def _segment(
-    plan: Plan, part: Part, loops: Sequence[Loop], gone: Sequence[int], library: Library, threads: int, progress: Progress
+    plan: Plan,
+    part: Part,
+    loops: Sequence[Loop],
+    gone: Sequence[int],
+    library: Library,
+    threads: int,
 ) -> Segment:
     private: list[np.ndarray] = []
     steps = [step for loop in loops for step in _steps(plan, loop, threads, private)]
-    addresses = library.add([step.text for step in steps], progress)
+    addresses = library.add([step.text for step in steps])
     numbers: dict[int, int] = {}
     slots: list[int] = []
     where, which = [], []
-    places = []
+    places: list[list[int]] = []
     for step in steps:
         places.append([])
         for table in step.tables:
@@ -142,7 +147,11 @@ def _segment(
 
 
 def _calls(
-    steps: Sequence[Step], addresses: Sequence[Address], places: Sequence[Sequence[int]], slots: np.ndarray, threads: int
+    steps: Sequence[Step],
+    addresses: Sequence[Address],
+    places: Sequence[Sequence[int]],
+    slots: np.ndarray,
+    threads: int,
 ) -> np.ndarray:
     calls = np.zeros((threads, len(steps), 4), np.int64)
     for number, (step, address) in enumerate(zip(steps, addresses, strict=True)):
@@ -165,7 +174,8 @@ def _steps(plan: Plan, loop: Loop, threads: int, private: list[np.ndarray]) -> I
     tables = []
     for part in range(parts):
         scratch = [_private(size, private) for size in kernel.scratch]
-        tables.append([*loop.reads, *kernel.writes, *(copies[part] for copies in sums), *scratch])
+        known = [_constants(kernel.constants, private)] if kernel.constants else []
+        tables.append([*loop.reads, *kernel.writes, *(copies[part] for copies in sums), *scratch, *known])
     cuts = [kernel.rows * part // parts for part in range(parts + 1)]
     yield Step((kernel.name, kernel.text), loop.kind, cuts, tables)
     for (value, operator, n), copies in zip(kernel.accumulators, sums, strict=True):
@@ -182,8 +192,13 @@ def _copies(
     return [value, *(_private(size, private) for _ in range(parts - 1))]
 
 
+def _constants(numbers: Sequence[int], private: list[np.ndarray]) -> np.ndarray:
+    memory = _private(8 * len(numbers), private)
+    start = -memory.ctypes.data % 64
+    memory[start : start + 8 * len(numbers)].view(np.int64)[:] = numbers
+    return memory
+
+
 def _private(size: int, private: list[np.ndarray]) -> np.ndarray:
     private.append(np.empty(size + 64, np.uint8))
     return private[-1]
-
-

@@ -1,87 +1,134 @@
 """Digit products in AVX-512 VNNI: packing, and a kernel whose accumulators take all digits of a product in turn.
 
 B is packed into panels of 64 columns, `[panel][K / 4][64][4]`: four neighbours along K to a 32-bit lane, zeros to the
-end. A's rows are read where they are if they lie along K, else packed likewise. `vpdpbusd` multiplies unsigned by signed
-bytes, so B's digits are packed with 128 added and 128 times the sum of A's row is taken off at the start; all is modulo
-2^32, where the true sum lies.
+end. A's rows are read where they are if they lie along K, else packed likewise. `vpdpbusd` multiplies unsigned by
+signed bytes, so B's digits are packed with 128 added and 128 times the sum of A's row is taken off at the start; all is
+modulo 2^32, where the true sum lies.
 
 `scan` notes for each row of A that sum and where its first and last digits are: what lies outside is zeros and is
 skipped, which halves the work for causal attention.
+
+Sizes and strides are read from an i64 array that comes last in every table, so a few kernels serve all shapes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from llvmlite import ir
 
 from runtime.program.compiler.native import I8, I32, I64, POINTER, Function, entry
 
 PANEL = 64
-ROWS = 6
+TILES = (6, 2, 1)
+"""Rows of A that a tile takes: as many as accumulators allow, then what is left."""
 LANES = 16
+VECTORS = PANEL // LANES
+GROUP = 4 * PANEL
+"""Bytes of a panel for one group of four along K."""
 V32 = ir.VectorType(I32, LANES)
-DOT = "llvm.x86.avx512.vpdpbusd.512"
 V8 = ir.VectorType(I8, 4 * LANES)
+DOT = "llvm.x86.avx512.vpdpbusd.512"
+ZERO = ir.Constant(V32, [0] * LANES)
 
-
-Atoms = Sequence[tuple[int, int]]
+Atoms = tuple[tuple[int, int], ...]
 """Sizes and strides of the axes of a batch."""
+Levels = tuple[tuple[tuple[tuple[int, int], ...], int], ...]
+"""(pairs (i, j) of digits to multiply and add, how far to shift the total then), in order."""
 
 
-def _matrix(f: Function, base: ir.Value, batch: Atoms, number: ir.Value, offset: int = 0) -> ir.Value:
-    """Where matrix `number` of a batch begins."""
+def padded(n: int) -> int:
+    """n rounded up to whole panels."""
+    return -(-n // PANEL) * PANEL
+
+
+def _batch(batch: Atoms) -> tuple[int, ...]:
+    """Four numbers: sizes and strides of two axes. More axes of a batch would need more."""
+    joined = [a for a in batch if a[0] > 1][:2]
+    first, second = [(1, 0)] * (2 - len(joined)) + joined
+    return (*first, *second)
+
+
+def fits(batch: Atoms) -> bool:
+    """Whether a batch has no more axes than the kernels take."""
+    return sum(size > 1 for size, _ in batch) <= 2
+
+
+def _matrix(f: Function, base: ir.Value, number: ir.Value, sizes: Sequence[ir.Value], offset: ir.Value) -> ir.Value:
+    """Where matrix `number` of a batch begins; `sizes` as `_batch` gives them."""
     b = f.builder
-    place, rest = I64(offset), number
-    for size, stride in reversed(batch):
-        place = b.add(place, b.mul(b.srem(rest, I64(size)), I64(stride)))
-        rest = b.sdiv(rest, I64(size))
+    _, stride1, size2, stride2 = sizes
+    outer = b.mul(b.sdiv(number, size2), stride1)
+    place = b.add(offset, b.add(outer, b.mul(b.srem(number, size2), stride2)))
     return b.gep(base, [place], source_etype=I8)
 
 
-def pack(*, k: int, n: int, offset: int, batch: Atoms, strides: tuple[int, int], right: bool) -> str:
-    """A module `pack`(first, end panel; source, target) of a batch of i8 operands of k by n, panel by panel.
+def _numbers(f: Function, source: ir.Value, count: int) -> list[ir.Value]:
+    return [f.load(source, i, I64) for i in range(count)]
 
-    `strides` are those along k and n.
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+def pack_sizes(*, k: int, n: int, offset: int, batch: Atoms, strides: tuple[int, int]) -> tuple[int, ...]:
+    """What `pack` reads of an operand of k by n with strides along both."""
+    return (k, n, offset, *strides, *_batch(batch))
+
+
+@cache
+def pack(*, along: str, right: bool) -> str:
+    """A module `pack`(first, end panel; source, target, sizes) of a batch of i8 operands, panel by panel.
+
+    `along` says which axis has stride 1: "k", "n" or neither.
     """
-    f = Function("pack_body", [I64, I64, POINTER, POINTER])
-    first, end, source, target = f.arguments
+    f = Function("pack_body", [I64, I64, POINTER, POINTER, POINTER])
+    first, end, source, target, numbers = f.arguments
     b = f.builder
-    groups, panels = -(-k // 4), padded(n) // PANEL
-    with f.loop(first, end) as (panel, _):
-        number, inside = b.sdiv(panel, I64(panels)), b.srem(panel, I64(panels))
-        matrix = _matrix(f, source, batch, number, offset)
-        column = b.mul(inside, I64(PANEL))
-        rows = f.intrinsic("llvm.smin.i64", I64, [b.sub(I64(n), column), I64(PANEL)])
-        base = b.mul(panel, I64(groups * PANEL * 4))
-        with f.loop(0, k // 4) as (group, _):
-            here = b.add(base, b.mul(group, I64(PANEL * 4)))
-            _copy(f, matrix, target, here, group, column, rows, strides, right, 4)
-        if k % 4:
-            here = b.add(base, I64((groups - 1) * PANEL * 4))
-            _copy(f, matrix, target, here, I64(groups - 1), column, rows, strides, right, k % 4)
-    b.ret(I32(0))
-    return entry("pack", f, 2)
-
-
-def _copy(f: Function, source, target, here, group, column, rows, strides, right, taps) -> None:  # type: ignore[no-untyped-def]
-    b = f.builder
-    stride_k, stride_n = strides
+    k, n, offset, stride_k, stride_n, *batch = _numbers(f, numbers, 9)
+    stride_k, stride_n = (I64(1) if along == axis else s for axis, s in (("k", stride_k), ("n", stride_n)))
+    groups = b.sdiv(b.add(k, I64(3)), I64(4))
+    panels = b.sdiv(b.add(n, I64(PANEL - 1)), I64(PANEL))
     flip = I32(-2139062144 if right else 0)  # 0x80808080: adds 128 to each byte
-    start = b.add(b.mul(group, I64(4 * stride_k)), b.mul(column, I64(stride_n)))
-    with f.loop(0, rows) as (j, _):
-        at = b.add(start, b.mul(j, I64(stride_n)))
-        if stride_k == 1 and taps == 4:
-            word = f.load(b.gep(source, [at], source_etype=I8), 0, I32, align=1)
-        else:
-            word = I32(0)
-            for r in range(taps):
-                byte = f.load(source, b.add(at, I64(r * stride_k)), I8)
-                word = b.or_(word, b.shl(b.zext(byte, I32), I32(8 * r)))
-        f.store(b.xor(word, flip), b.gep(target, [here], source_etype=I8), j)
-    with f.loop(rows, PANEL) as (j, _):
-        f.store(I32(0), b.gep(target, [here], source_etype=I8), j)
+    with f.loop(first, end) as (panel, _):
+        matrix = _matrix(f, source, b.sdiv(panel, panels), batch, offset)
+        column = b.mul(b.srem(panel, panels), I64(PANEL))
+        rows = f.intrinsic("llvm.smin.i64", I64, [b.sub(n, column), I64(PANEL)])
+        base = b.gep(target, [b.mul(panel, b.mul(groups, I64(GROUP)))], source_etype=I8)
+        with f.loop(0, groups) as (group, _):
+            here = b.gep(base, [b.mul(group, I64(GROUP))], source_etype=I8)
+            taps = b.sub(k, b.mul(group, I64(4)))
+            start = b.add(b.mul(group, b.mul(stride_k, I64(4))), b.mul(column, stride_n))
+            with b.if_else(b.icmp_signed(">=", taps, I64(4))) as (whole, part):
+                with whole, f.loop(0, rows) as (j, _):
+                    word = _word(f, matrix, b.add(start, b.mul(j, stride_n)), stride_k, along)
+                    f.store(b.xor(word, flip), here, j)
+                with part, f.loop(0, rows) as (j, _):
+                    at = b.add(start, b.mul(j, stride_n))
+                    with f.loop(0, taps, carried=[I32(0)]) as (r, state):
+                        byte = b.zext(f.load(matrix, b.add(at, b.mul(r, stride_k)), I8), I32)
+                        state[0] = b.or_(state[0], b.shl(byte, b.mul(b.trunc(r, I32), I32(8))))
+                    f.store(b.xor(state[0], flip), here, j)
+            with f.loop(rows, PANEL) as (j, _):
+                f.store(I32(0), here, j)
+    b.ret(I32(0))
+    return entry("pack", f, 3)
+
+
+def _word(f: Function, matrix: ir.Value, at: ir.Value, stride_k: ir.Value, along: str) -> ir.Value:
+    """Four neighbours along K as one i32."""
+    b = f.builder
+    if along == "k":
+        return f.load(b.gep(matrix, [at], source_etype=I8), 0, I32, align=1)
+    word = I32(0)
+    for r in range(4):
+        byte = b.zext(f.load(matrix, b.add(at, b.mul(stride_k, I64(r))), I8), I32)
+        word = b.or_(word, b.shl(byte, I32(8 * r)))
+    return word
+
+
+# ------------------------------------------------------------------------------------------------------------ scanning
 
 
 @dataclass(frozen=True)
@@ -92,36 +139,55 @@ class Rows:
     batch: Atoms
     stride: int | None
 
+    @property
+    def direct(self) -> bool:
+        """Whether they lie along K."""
+        return self.stride is not None
 
-def scan(*, m: int, k: int, matrices: int, rows: Rows) -> str:
-    """A module `scan`(first, end matrix; A, ranges): of every row the sum of digits, first and end group with a digit.
+    def sizes(self) -> tuple[int, ...]:
+        """What kernels read of them."""
+        return (self.offset, self.stride or 0, *_batch(self.batch))
 
-    `ranges` is i32 [matrix][3][m], and `m` rows are what a product needs of them; along K they are told in blocks.
+
+def scan_sizes(*, m: int, k: int, rows: Rows) -> tuple[int, ...]:
+    """What `scan` reads."""
+    return (m, k, *rows.sizes())
+
+
+@cache
+def scan(*, direct: bool) -> str:
+    """A module `scan`(first, end matrix; A, ranges, sizes): each row's sum of digits, first and end group with a digit.
+
+    `ranges` is i32 [matrix][3][padded m]; rows along K tell their groups in blocks of 16.
     """
-    f = Function("scan_body", [I64, I64, POINTER, POINTER])
-    first, end, a, ranges = f.arguments
+    f = Function("scan_body", [I64, I64, POINTER, POINTER, POINTER])
+    first, end, a, ranges, numbers = f.arguments
     b = f.builder
+    m, k, offset, stride, *batch = _numbers(f, numbers, 8)
+    panels = b.sdiv(b.add(m, I64(PANEL - 1)), I64(PANEL))
+    plane = b.mul(panels, I64(PANEL))
+    groups = b.sdiv(b.add(k, I64(3)), I64(4))
     with f.loop(first, end) as (number, _):
-        base = _matrix(f, a, rows.batch, number, rows.offset)
-        target = f.at(ranges, b.mul(number, I64(3 * padded(m))), I32)
-        if rows.stride is None:
-            with f.loop(0, padded(m) // PANEL) as (panel, _):
-                place = b.gep(base, [b.mul(panel, I64(-(-k // 4) * PANEL * 4))], source_etype=I8)
-                _scan_panel(f, place, f.at(target, b.mul(panel, I64(PANEL)), I32), -(-k // 4), padded(m))
-        else:
+        base = _matrix(f, a, number, batch, offset)
+        target = f.at(ranges, b.mul(number, b.mul(plane, I64(3))), I32)
+        if direct:
             with f.loop(0, m) as (row, _):
-                _scan_row(f, b.gep(base, [b.mul(row, I64(rows.stride))], source_etype=I8), target, row, k, padded(m))
+                _scan_row(f, b.gep(base, [b.mul(row, stride)], source_etype=I8), target, row, k, plane)
+        else:
+            with f.loop(0, panels) as (panel, _):
+                place = b.gep(base, [b.mul(panel, b.mul(groups, I64(GROUP)))], source_etype=I8)
+                _scan_panel(f, place, f.at(target, b.mul(panel, I64(PANEL)), I32), groups, plane)
     b.ret(I32(0))
-    return entry("scan", f, 2)
+    return entry("scan", f, 3)
 
 
-def _scan_row(f: Function, base: ir.Value, ranges: ir.Value, row: ir.Value, k: int, plane: int) -> None:
+def _scan_row(f: Function, base: ir.Value, ranges: ir.Value, row: ir.Value, k: ir.Value, plane: ir.Value) -> None:
     b = f.builder
-    ones, zero = ir.Constant(V8, [1] * (4 * LANES)), ir.Constant(V32, [0] * LANES)
-    block, whole = 4 * LANES, k // (4 * LANES)
-    with f.loop(0, whole, carried=[zero, I64(k // 4), I64(0)]) as (i, state):
-        word = f.load(b.gep(base, [b.mul(i, I64(block))], source_etype=I8), 0, V32, align=1)
-        some = b.icmp_signed("!=", b.bitcast(b.icmp_signed("!=", word, zero), ir.IntType(LANES)), ir.IntType(LANES)(0))
+    ones, mask = ir.Constant(V8, [1] * (4 * LANES)), ir.IntType(LANES)
+    whole = b.sdiv(k, I64(4 * LANES))
+    with f.loop(0, whole, carried=[ZERO, b.sdiv(k, I64(4)), I64(0)]) as (i, state):
+        word = f.load(b.gep(base, [b.mul(i, I64(4 * LANES))], source_etype=I8), 0, V32, align=1)
+        some = b.icmp_signed("!=", b.bitcast(b.icmp_signed("!=", word, ZERO), mask), mask(0))
         start = b.mul(i, I64(LANES))
         state[:] = [
             f.intrinsic(DOT, V32, [state[0], ones, b.bitcast(word, V8)]),
@@ -129,8 +195,7 @@ def _scan_row(f: Function, base: ir.Value, ranges: ir.Value, row: ir.Value, k: i
             b.select(some, b.add(start, I64(LANES)), state[2]),
         ]
     total = f.intrinsic("llvm.vector.reduce.add.v16i32", I32, [state[0]])
-    low, high = state[1], state[2]
-    with f.loop(whole * block, k, carried=[total, low, high]) as (i, state):
+    with f.loop(b.mul(whole, I64(4 * LANES)), k, carried=[total, *state[1:]]) as (i, state):
         digit = b.sext(f.load(base, i, I8), I32)
         some, group = b.icmp_signed("!=", digit, I32(0)), b.sdiv(i, I64(4))
         state[:] = [
@@ -139,144 +204,186 @@ def _scan_row(f: Function, base: ir.Value, ranges: ir.Value, row: ir.Value, k: i
             b.select(some, b.add(group, I64(1)), state[2]),
         ]
     for number, value in enumerate((state[0], b.trunc(state[1], I32), b.trunc(state[2], I32))):
-        f.store(value, ranges, b.add(row, I64(number * plane)))
+        f.store(value, ranges, b.add(row, b.mul(plane, I64(number))))
 
 
-def _scan_panel(f: Function, panel: ir.Value, ranges: ir.Value, groups: int, plane: int) -> None:
+def _scan_panel(f: Function, panel: ir.Value, ranges: ir.Value, groups: ir.Value, plane: ir.Value) -> None:
     """The same of a packed panel; lanes are rows."""
     b = f.builder
-    ones, zero = ir.Constant(V8, [1] * (4 * LANES)), ir.Constant(V32, [0] * LANES)
-    for part in range(PANEL // LANES):
-        with f.loop(0, groups, carried=[zero, ir.Constant(V32, [groups] * LANES), zero]) as (group, state):
+    ones = ir.Constant(V8, [1] * (4 * LANES))
+    for part in range(VECTORS):
+        with f.loop(0, groups, carried=[ZERO, _splat(f, b.trunc(groups, I32)), ZERO]) as (group, state):
             total, low, high = state
-            at = b.add(b.mul(group, I64(PANEL * 4)), I64(part * LANES * 4))
+            at = b.add(b.mul(group, I64(GROUP)), I64(part * LANES * 4))
             word = b.load(b.gep(panel, [at], source_etype=I8), typ=V32, align=1)
             here = _splat(f, b.trunc(group, I32))
-            some = b.icmp_signed("!=", word, zero)
+            some = b.icmp_signed("!=", word, ZERO)
             state[:] = [
                 f.intrinsic(DOT, V32, [total, ones, b.bitcast(word, V8)]),
                 b.select(b.and_(some, b.icmp_signed("<", here, low)), here, low),
                 b.select(some, b.add(here, ir.Constant(V32, [1] * LANES)), high),
             ]
         for number, value in enumerate(state):
-            b.store(value, f.at(ranges, number * plane + part * LANES, I32), align=4)
+            b.store(value, f.at(ranges, b.add(b.mul(plane, I64(number)), I64(part * LANES)), I32), align=4)
 
 
-def padded(n: int) -> int:
-    """n rounded up to whole panels."""
-    return -(-n // PANEL) * PANEL
+# ------------------------------------------------------------------------------------------------------------ products
+
+
+def tiles(m: int) -> int:
+    """Tiles of the rows of one matrix: what threads share."""
+    return -(-m // TILES[0])
+
+
+def product_sizes(*, m: int, n: int, k: int, lefts: Sequence[Rows]) -> tuple[int, ...]:
+    """What `product` reads."""
+    return (m, n, k, *(number for rows in lefts for number in rows.sizes()))
+
+
+@cache
+def product(*, lefts: tuple[bool, ...], rights: int, levels: Levels) -> str:
+    """A module `product`(first, end tile; A digits..., A ranges..., B digits..., C, sizes) of a batch of matrices.
+
+    `lefts` says of each digit of A whether its rows lie along K. Tiles number six rows of A each, batch by batch; C is
+    i32 [batch, m, n].
+    """
+    count = len(lefts)
+    pointers = 2 * count + rights + 2
+    f = Function("product_body", [I64, I64, *[POINTER] * pointers])
+    first, end, *rest = f.arguments
+    a, ranges, right = rest[:count], rest[count : 2 * count], rest[2 * count : -2]
+    c, numbers = rest[-2:]
+    b = f.builder
+    m, n, k, *places = _numbers(f, numbers, 3 + 6 * count)
+    groups = b.sdiv(b.add(k, I64(3)), I64(4))
+    panels = b.sdiv(b.add(n, I64(PANEL - 1)), I64(PANEL))
+    plane = b.mul(b.sdiv(b.add(m, I64(PANEL - 1)), I64(PANEL)), I64(PANEL))
+    total = b.sdiv(b.add(m, I64(TILES[0] - 1)), I64(TILES[0]))
+    panel_bytes = b.mul(groups, I64(GROUP))
+    with f.loop(b.sdiv(first, total), b.sdiv(b.add(end, b.sub(total, I64(1))), total)) as (batch, _):
+        origin = b.mul(batch, total)
+        low = f.intrinsic("llvm.smax.i64", I64, [b.sub(first, origin), I64(0)])
+        high = f.intrinsic("llvm.smin.i64", I64, [b.sub(end, origin), total])
+        row_first = b.mul(low, I64(TILES[0]))
+        row_end = f.intrinsic("llvm.smin.i64", I64, [b.mul(high, I64(TILES[0])), m])
+        operands = [
+            _Left(
+                base=_matrix(f, p, batch, places[6 * i + 2 : 6 * i + 6], places[6 * i]),
+                ranges=f.at(r, b.mul(batch, b.mul(plane, I64(3))), I32),
+                stride=places[6 * i + 1] if direct else None,
+            )
+            for i, (p, r, direct) in enumerate(zip(a, ranges, lefts, strict=True))
+        ]
+        matrix = f.at(c, b.mul(batch, b.mul(m, n)), I32)
+        with f.loop(0, panels) as (panel, _):
+            at = b.mul(b.add(b.mul(batch, panels), panel), panel_bytes)
+            columns = [b.gep(p, [at], source_etype=I8) for p in right]
+            column = b.mul(panel, I64(PANEL))
+            shape = _Shape(n=n, plane=plane, groups=groups, panel_bytes=panel_bytes)
+            row = row_first
+            for rows in TILES:
+                stop = b.add(row, b.mul(b.sdiv(b.sub(row_end, row), I64(rows)), I64(rows)))
+                with f.loop(row, stop, step=rows) as (start, _):
+                    _tile(f, rows, start, column, operands, columns, matrix, shape, levels)
+                row = stop
+    b.ret(I32(0))
+    return entry("product", f, pointers)
+
+
+@dataclass(frozen=True)
+class _Left:
+    base: ir.Value
+    ranges: ir.Value
+    stride: ir.Value | None
+
+
+@dataclass(frozen=True)
+class _Shape:
+    n: ir.Value
+    plane: ir.Value
+    groups: ir.Value
+    panel_bytes: ir.Value
+
+
+def _tile(
+    f: Function,
+    rows: int,
+    row: ir.Value,
+    column: ir.Value,
+    lefts: Sequence[_Left],
+    rights: Sequence[ir.Value],
+    c: ir.Value,
+    shape: _Shape,
+    levels: Levels,
+) -> None:
+    """C[row : row + rows, column : column + 64], in rows * 4 vector accumulators."""
+    b = f.builder
+    total = [ZERO] * (rows * VECTORS)
+    lanes = [b.add(row, I64(r)) for r in range(rows)]
+    for pairs, shift in levels:
+        for i, j in pairs:
+            total = _accumulate(f, total, lefts[i], rights[j], lanes, shape)
+        if shift:
+            total = [b.shl(t, ir.Constant(V32, [shift] * LANES)) for t in total]
+    left = b.trunc(b.sub(shape.n, column), I32)
+    for r, lane in enumerate(lanes):
+        at = b.add(b.mul(lane, shape.n), column)
+        _store_row(f, total[r * VECTORS : (r + 1) * VECTORS], f.at(c, at, I32), left)
+
+
+def _accumulate(
+    f: Function, total: Sequence[ir.Value], left: _Left, right: ir.Value, lanes: Sequence[ir.Value], shape: _Shape
+) -> list[ir.Value]:
+    """The accumulators with one product of digits added."""
+    b = f.builder
+    total = list(total)
+    low, high = b.trunc(shape.groups, I32), I32(0)
+    for r, lane in enumerate(lanes):
+        taken = _splat(f, b.mul(f.load(left.ranges, lane, I32), I32(-128)))
+        total[r * VECTORS : (r + 1) * VECTORS] = [b.add(t, taken) for t in total[r * VECTORS : (r + 1) * VECTORS]]
+        first, last = (f.load(left.ranges, b.add(lane, b.mul(shape.plane, I64(p))), I32) for p in (1, 2))
+        low = f.intrinsic("llvm.smin.i32", I32, [low, first])
+        high = f.intrinsic("llvm.smax.i32", I32, [high, last])
+    bases = [b.gep(left.base, [_row_offset(f, lane, left.stride, shape)], source_etype=I8) for lane in lanes]
+    with f.loop(b.sext(low, I64), b.sext(high, I64), carried=total) as (group, state):
+        panel = b.gep(right, [b.mul(group, I64(GROUP))], source_etype=I8)
+        columns = [b.bitcast(f.load(panel, v, V32, align=1), V8) for v in range(VECTORS)]
+        along = b.mul(group, I64(GROUP if left.stride is None else 4))
+        for r, base in enumerate(bases):
+            word = b.load(b.gep(base, [along], source_etype=I8), typ=I32, align=1)
+            digits = b.bitcast(_splat(f, word), V8)
+            for v in range(VECTORS):
+                place = r * VECTORS + v
+                state[place] = f.intrinsic(DOT, V32, [state[place], columns[v], digits])
+    return state
+
+
+def _row_offset(f: Function, lane: ir.Value, stride: ir.Value | None, shape: _Shape) -> ir.Value:
+    b = f.builder
+    if stride is not None:
+        return b.mul(lane, stride)
+    panel, inside = b.sdiv(lane, I64(PANEL)), b.srem(lane, I64(PANEL))
+    return b.add(b.mul(panel, shape.panel_bytes), b.mul(inside, I64(4)))
+
+
+def _store_row(f: Function, values: Sequence[ir.Value], place: ir.Value, left: ir.Value) -> None:
+    """Stores a row of a tile, no more than the `left` columns that there are."""
+    b = f.builder
+    with b.if_else(b.icmp_signed(">=", left, I32(PANEL))) as (whole, part):
+        with whole:
+            for v, value in enumerate(values):
+                b.store(value, f.at(place, v * LANES, I32), align=4)
+        with part:
+            for v, value in enumerate(values):
+                lane = ir.Constant(V32, [v * LANES + j for j in range(LANES)])
+                mask = b.icmp_signed("<", lane, _splat(f, left))
+                name = "llvm.masked.store.v16i32.p0"
+                kind = ir.FunctionType(ir.VoidType(), [V32, POINTER, I32, mask.type])
+                store = f.module.globals.get(name) or ir.Function(f.module, kind, name)
+                b.call(store, [value, f.at(place, v * LANES, I32), I32(4), mask])
 
 
 def _splat(f: Function, value: ir.Value) -> ir.Value:
     b = f.builder
     one = b.insert_element(ir.Constant(V32, ir.Undefined), value, I32(0))
-    return b.shuffle_vector(one, ir.Constant(V32, ir.Undefined), ir.Constant(V32, [0] * LANES))
-
-
-def product(
-    *, m: int, n: int, k: int, lefts: Sequence[Rows], rights: int, levels: Sequence[tuple[Sequence[tuple[int, int]], int]]
-) -> str:
-    """A module `product`(first, end tile; A digits..., A ranges..., B digits..., C) of a batch of matrices.
-
-    `levels` are (pairs (i, j) of digits to multiply and add, then how far to shift the total left). Tiles number
-    ROWS rows of A, batch by batch; C is i32 [batch, m, n].
-    """
-    count = len(lefts)
-    pointers = 2 * count + rights + 1
-    f = Function("product_body", [I64, I64, *[POINTER] * pointers])
-    first, end = f.arguments[:2]
-    rest = list(f.arguments[2:])
-    a, ranges, right, c = rest[:count], rest[count : 2 * count], rest[2 * count : -1], rest[-1]
-    b = f.builder
-    tiles, groups = -(-m // ROWS), -(-k // 4)
-    size_b = padded(n) * groups * 4
-    batch_first, batch_end = b.sdiv(first, I64(tiles)), b.sdiv(b.add(end, I64(tiles - 1)), I64(tiles))
-    with f.loop(batch_first, batch_end) as (batch, _), f.loop(0, padded(n) // PANEL) as (panel, _):
-        origin = b.mul(batch, I64(tiles))
-        low = f.intrinsic("llvm.smax.i64", I64, [b.sub(first, origin), I64(0)])
-        high = f.intrinsic("llvm.smin.i64", I64, [b.sub(end, origin), I64(tiles)])
-        offset_b = b.add(b.mul(batch, I64(size_b)), b.mul(panel, I64(groups * PANEL * 4)))
-        bs = [b.gep(p, [offset_b], source_etype=I8) for p in right]
-        as_ = [_matrix(f, p, rows.batch, batch, rows.offset) for p, rows in zip(a, lefts, strict=True)]
-        rs = [f.at(p, b.mul(batch, I64(3 * padded(m))), I32) for p in ranges]
-        cs = f.at(c, b.mul(batch, I64(m * n)), I32)
-        column = b.mul(panel, I64(PANEL))
-        with f.loop(low, high) as (tile, _):
-            row = b.mul(tile, I64(ROWS))
-            if m % ROWS:
-                with b.if_else(b.icmp_signed("<=", b.add(row, I64(ROWS)), I64(m))) as (whole, some):
-                    with whole:
-                        _tile(f, ROWS, row, column, (as_, rs, bs, cs), (m, n, groups), lefts, levels)
-                    with some:
-                        _tile(f, m % ROWS, row, column, (as_, rs, bs, cs), (m, n, groups), lefts, levels)
-            else:
-                _tile(f, ROWS, row, column, (as_, rs, bs, cs), (m, n, groups), lefts, levels)
-    b.ret(I32(0))
-    return entry("product", f, pointers)
-
-
-def _tile(f: Function, rows: int, row, column, places, sizes, lefts, levels) -> None:  # type: ignore[no-untyped-def]
-    """C[row : row + rows, column : column + 64], in rows * 4 vector accumulators."""
-    b = f.builder
-    (a, ranges, right, c), (m, n, groups) = places, sizes
-    vectors = PANEL // LANES
-    zero = ir.Constant(V32, [0] * LANES)
-    total = [zero] * (rows * vectors)
-    lanes = [b.add(row, I64(r)) for r in range(rows)]
-    offsets = [[_row_offset(f, lane, left.stride, groups) for lane in lanes] for left in lefts]
-    for pairs, shift in levels:
-        for i, j in pairs:
-            low, high = I32(groups), I32(0)
-            for r, lane in enumerate(lanes):
-                taken = b.mul(f.load(ranges[i], lane, I32), I32(-128))
-                for v in range(vectors):
-                    total[r * vectors + v] = b.add(total[r * vectors + v], _splat(f, taken))
-                low = f.intrinsic("llvm.smin.i32", I32, [low, f.load(ranges[i], b.add(lane, I64(padded(m))), I32)])
-                high = f.intrinsic("llvm.smax.i32", I32, [high, f.load(ranges[i], b.add(lane, I64(2 * padded(m))), I32)])
-            with f.loop(b.sext(low, I64), b.sext(high, I64), carried=total) as (group, state):
-                step = b.mul(group, I64(PANEL * 4))
-                along = step if lefts[i].stride is None else b.mul(group, I64(4))
-                columns = [
-                    b.bitcast(f.load(b.gep(right[j], [step], source_etype=I8), v, V32, align=1), V8)
-                    for v in range(vectors)
-                ]
-                for r in range(rows):
-                    at = b.gep(a[i], [b.add(offsets[i][r], along)], source_etype=I8)
-                    digits = b.bitcast(_splat(f, b.load(at, typ=I32, align=1)), V8)
-                    for v in range(vectors):
-                        place = r * vectors + v
-                        state[place] = f.intrinsic(
-                            DOT, V32, [state[place], columns[v], digits]
-                        )
-            total = state
-        if shift:
-            total = [b.shl(t, ir.Constant(V32, [shift] * LANES)) for t in total]
-    for r, lane in enumerate(lanes):
-        _store_row(f, total[r * vectors : (r + 1) * vectors], b.add(b.mul(lane, I64(n)), column), column, c, n)
-
-
-def _row_offset(f: Function, lane: ir.Value, stride: int | None, groups: int) -> ir.Value:
-    b = f.builder
-    if stride is not None:
-        return b.mul(lane, I64(stride))
-    panel, inside = b.sdiv(lane, I64(PANEL)), b.srem(lane, I64(PANEL))
-    return b.add(b.mul(panel, I64(groups * PANEL * 4)), b.mul(inside, I64(4)))
-
-
-def _store_row(f: Function, values, at, column, c, n: int) -> None:  # type: ignore[no-untyped-def]
-    b = f.builder
-    if n % PANEL == 0:
-        for v, value in enumerate(values):
-            b.store(value, f.at(c, b.add(at, I64(v * LANES)), I32), align=4)
-        return
-    mask_type = ir.VectorType(ir.IntType(1), LANES)
-    left = b.trunc(b.sub(I64(n), column), I32)
-    for v, value in enumerate(values):
-        lane = ir.Constant(V32, [v * LANES + j for j in range(LANES)])
-        mask = b.icmp_signed("<", lane, _splat(f, left))
-        place = f.at(c, b.add(at, I64(v * LANES)), I32)
-        name = "llvm.masked.store.v16i32.p0"
-        found = f.module.globals.get(name) or ir.Function(
-            f.module, ir.FunctionType(ir.VoidType(), [V32, POINTER, I32, mask_type]), name
-        )
-        b.call(found, [value, place, I32(4), mask])
+    return b.shuffle_vector(one, ir.Constant(V32, ir.Undefined), ZERO)

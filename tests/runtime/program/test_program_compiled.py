@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -261,7 +262,7 @@ def test_no_two_living_buffers_share_memory() -> None:
                     start = part.offsets[buffer]
                     alive[buffer] = range(start, start + plan.buffers[buffer].bytes)
             spans = sorted((r.start, r.stop) for r in alive.values() if len(r))
-            assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+            assert all(a[1] <= b[0] for a, b in pairwise(spans))
             for buffer in dead:
                 alive.pop(buffer, None)
         assert max(part.offsets.values(), default=0) < max(part.arena, 1)

@@ -1,0 +1,182 @@
+"""Machine code: the cache of compiled kernels, products on every path, refusals; what is compiled is tested apart."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from runtime import executors
+from runtime.executors import Announced, compiled
+from runtime.program.builder import Builder
+from runtime.program.compiler import executor as compiler
+from runtime.program.compiler import products
+from runtime.program.compiler.executor import CompiledExecutor, allocate
+from runtime.program.compiler.native import Library, features, private
+from runtime.program.compiler.runner import clear, combine
+from runtime.program.vectors import FILE, Vector, load
+from runtime.testing import local_group, tiny_job, train
+from runtime.worker import StepFault
+from storage.errors import FailureError
+from storage.objects import MemoryStore
+from trueweight import cli
+
+MODULE = ("clear", clear("sum", "i64"))
+OTHER = ("combine", combine("max", "i32", 2))
+
+
+def compiled_again(folder: Path, *modules: tuple[str, str]) -> int:
+    """How many of the modules a new process would have to compile."""
+    library = Library(folder)
+    library.add(modules)
+    return library.compiled
+
+
+def test_what_was_compiled_is_not_compiled_again(tmp_path: Path) -> None:
+    assert compiled_again(tmp_path, MODULE, OTHER) == 2
+    assert compiled_again(tmp_path, MODULE, OTHER, MODULE) == 0
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", None])
+def test_a_damaged_object_is_compiled_again(tmp_path: Path, damage: bytes | None) -> None:
+    compiled_again(tmp_path, MODULE)
+    (path,) = tmp_path.glob("*.o")
+    good = path.read_bytes()
+    flipped = good[:-1] + bytes([good[-1] ^ 1])
+    path.write_bytes(flipped if damage is None else damage)
+    assert compiled_again(tmp_path, MODULE) == 1
+    assert path.read_bytes() == good
+    assert compiled_again(tmp_path, MODULE) == 0
+
+
+def test_an_object_under_another_name_is_not_run(tmp_path: Path) -> None:
+    compiled_again(tmp_path, MODULE)
+    (mine,) = tmp_path.glob("*.o")
+    compiled_again(tmp_path, OTHER)
+    (other,) = set(tmp_path.glob("*.o")) - {mine}
+    mine.write_bytes(other.read_bytes())
+    assert compiled_again(tmp_path, MODULE) == 1
+
+
+def test_a_folder_that_others_can_write_to_is_not_used(tmp_path: Path) -> None:
+    assert private(tmp_path / "new") == tmp_path / "new"
+    tmp_path.chmod(0o777)
+    assert private(tmp_path) is None
+    assert compiled_again(tmp_path, MODULE) == 1
+    assert list(tmp_path.glob("*.o")) == []
+
+
+def test_processes_share_the_folder(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from runtime.program.compiler.native import Library; "
+        "from runtime.program.compiler.runner import clear, combine; "
+        "Library(Path(sys.argv[1])).add([('combine', combine('sum', 'i64', n)) for n in range(2, 12)])"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+    assert compiled_again(tmp_path, *[("combine", combine("sum", "i64", n)) for n in range(2, 12)]) == 0
+
+
+@st.composite
+def digit_products(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, bool, bool]:
+    """Digits of a batch of two operands, and whether each lies transposed in memory."""
+    m, n = (draw(st.sampled_from([1, 2, 5, 6, 7, 13, 63, 64, 65, 129])) for _ in range(2))
+    k = draw(st.sampled_from([1, 3, 4, 5, 31, 64, 67, 128, 260]))
+    batch = draw(st.sampled_from([1, 3]))
+    random = np.random.default_rng(draw(st.integers(0, 2**31)))
+    a, b = (random.integers(-64, 65, shape).astype(np.int32) for shape in ((batch, m, k), (batch, k, n)))
+    match draw(st.sampled_from(["random", "extreme", "triangle", "sparse"])):
+        case "extreme":
+            a, b = (np.where(x < 0, -64, 64).astype(np.int32) for x in (a, b))
+        case "triangle":
+            a = np.tril(a) if draw(st.booleans()) else np.triu(a)
+        case "sparse":
+            a = np.where(random.random(a.shape) < 0.02, a, 0).astype(np.int32)
+    return a, b, draw(st.booleans()), draw(st.booleans())
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(case=digit_products())
+def test_products_of_every_shape(case: tuple[np.ndarray, np.ndarray, bool, bool]) -> None:
+    """The path of this processor, on 2 threads, against int64 sums by numpy."""
+    a, b, left, right = case
+    build = Builder()
+    inputs = [np.ascontiguousarray(x.swapaxes(1, 2)) if swapped else x for x, swapped in ((a, left), (b, right))]
+    x, y = (build.input(name, "i32", *array.shape) for name, array in zip("xy", inputs, strict=True))
+    x, y = (v.digit().swap() if swapped else v.digit() for v, swapped in ((x, left), (y, right)))
+    executor = THREADS
+    (made,) = executor.run(build.finish([build.dot(x, y)]), [executor.put(array) for array in inputs])
+    assert np.array_equal(executor.get(made), a.astype(np.int64) @ b.astype(np.int64))
+
+
+THREADS = CompiledExecutor(2)
+
+
+def test_the_general_paths_agree_and_one_is_chosen() -> None:
+    random = np.random.default_rng(3)
+    a, b = (torch.from_numpy(random.integers(-64, 65, (2, 40, 4100)).astype(np.int8)) for _ in range(2))
+    want = (a.numpy().astype(np.int64) @ b.numpy().astype(np.int64).swapaxes(1, 2)).astype(np.int32)
+    for path in products.PATHS.values():
+        assert np.array_equal(path(a, b.transpose(1, 2)).numpy(), want)
+    assert products.fallback() in products.PATHS
+    assert products.chosen() == (products.VNNI if "avx512vnni" in features() else products.fallback())
+
+
+@pytest.fixture
+def wrong_vector(monkeypatch: pytest.MonkeyPatch) -> Vector:
+    """A vector whose answer has one wrong bit, as a processor that errs would see the right one."""
+    right = next(vector for vector in load(FILE) if vector.name == "mul")
+    flipped = right.outputs[0].copy()
+    flipped.view(np.uint8)[41 * 4] ^= 1
+    wrong = Vector(**{**vars(right), "outputs": (flipped,)})
+    monkeypatch.setattr(executors, "_vectors", lambda: [wrong])
+    return wrong
+
+
+def test_a_processor_that_misses_a_vector_is_refused(wrong_vector: Vector) -> None:
+    x, y = (array.reshape(-1)[41].tobytes().hex() for array in wrong_vector.inputs)
+    with pytest.raises(FailureError, match=rf"mul \(mul\), output 0, element 41 of {x}, {y}: expected \w+, got \w+"):
+        compiled(1)
+
+
+def test_run_refuses_and_audit_accuses_nobody(
+    wrong_vector: Vector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[3])
+    store = ["--store", str(tmp_path / "store")]
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        "name = 'r'\n[model]\nfamily = 'mlp'\nhidden = [4]\n[data]\nimages = 'digits'\n[training]\n"
+        "steps = 1\nbatch = 4\nmicro_batches = 2\n"
+    )
+    assert cli.main(["run", str(recipe), "--local", *store]) == FailureError.exit_code
+    assert "use --executor reference here" in capsys.readouterr().err
+    assert cli.main(["run", str(recipe), "--local", "--executor", "reference", "--name", "s", *store]) == 0
+    assert cli.main(["audit", "s", *store]) == 2
+    assert "does not compute exactly on this processor" in capsys.readouterr().out
+
+
+def test_too_little_memory_names_the_block_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "LARGE", 0)
+    monkeypatch.setattr(compiler, "available", lambda: 100)
+    with pytest.raises(FailureError, match=r"would fit: raise \[training\] micro_batches"):
+        allocate(2**20, torch.float32)
+    monkeypatch.setattr(executors, "_vectors", list)  # they need memory as well
+    store = MemoryStore()
+    with pytest.raises(StepFault, match=r"initial weights of block000\.position: out of memory: expected .* GiB"):
+        train(store, tiny_job(store), group=local_group(compiled))
+
+
+def test_a_long_compilation_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    announced = Announced(clock=lambda: now[0])
+    for done in range(1, 8):
+        now[0] += 2
+        announced(done)
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1].split()[0] for line in told] == ["3", "6"]
