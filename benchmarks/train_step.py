@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,7 +31,7 @@ from runtime.program.compiler.executor import CompiledExecutor
 from runtime.recipe import Recipe, load_recipe
 from runtime.schedule import learning_rates
 from runtime.transition import Crew, assemble, initialise, train_step
-from runtime.worker import worker_builder
+from runtime.worker import StageWorker, worker_builder
 from storage.errors import UsageError
 
 
@@ -155,9 +155,22 @@ class TimedGroup(LocalGroup):
             self.spent[method] = self.spent.get(method, 0.0) + time.perf_counter() - started
 
 
+class TimedWorker(StageWorker):
+    """A worker that notes how long it hashed."""
+
+    hashed = 0.0
+
+    def _roots(self, arrays: Sequence[NDArray[Any]]) -> list[bytes]:
+        started = time.perf_counter()
+        roots = super()._roots(arrays)
+        TimedWorker.hashed += time.perf_counter() - started
+        return roots
+
+
 def exact_crew(run: Lowered, threads: int, profile: dict[str, float]) -> tuple[Crew, TimedGroup]:
     """One worker on the compiled executor."""
-    group = TimedGroup(worker_builder(lambda count: CompiledExecutor(count, profile=profile)))
+    make = worker_builder(lambda count: CompiledExecutor(count, profile=profile), TimedWorker)
+    group = TimedGroup(make)
     plan = make_plan(blocks=len(run.program.blocks), micro_batches=run.program.micro_batches)
     programs = run.program.encode()
     crew = assemble(
@@ -169,9 +182,8 @@ def exact_crew(run: Lowered, threads: int, profile: dict[str, float]) -> tuple[C
 def breakdown(steps: int, profile: dict[str, float], spent: dict[str, float]) -> dict[str, float]:
     """Seconds a step by what they went to; the parts add up to the steps' time in the worker."""
     parts = {name: seconds / steps for name, seconds in profile.items()}
-    inside = sum(profile.values())
-    whole = sum(spent.values())
-    parts["gradient sums, hashing, copies, Python"] = (whole - inside) / steps
+    parts["hashing of gradient and state"] = TimedWorker.hashed / steps
+    parts["everything else"] = sum(spent.values()) / steps - sum(parts.values())
     return parts
 
 
@@ -221,6 +233,7 @@ def measure_one(name: str, run: Lowered, threads: int, arguments: argparse.Names
         if number == 2:
             profile.clear()
             group.spent.clear()
+            TimedWorker.hashed = 0.0
         for side, step in sides.items():
             started = time.perf_counter()
             step(number)
@@ -234,6 +247,9 @@ def measure_one(name: str, run: Lowered, threads: int, arguments: argparse.Names
             ratios = [theirs / own for theirs, own in zip(found, times["exact"], strict=True)]
             goal = Goal(relation=">=", limit=goals[side]) if side in goals else None
             yield Row(name=f"{label}: exact over {side}", value=statistics.median(ratios), unit="x", goal=goal)
+    unhashed = statistics.median(times["exact"]) - TimedWorker.hashed / arguments.steps
+    eager = statistics.median(times["eager float32"])
+    yield Row(name=f"{label}: exact without its hashing over eager float32", value=eager / unhashed, unit="x")
     for part, seconds in sorted(breakdown(arguments.steps, profile, group.spent).items(), key=lambda item: -item[1]):
         yield Row(name=f"{label}: exact, {part}", value=seconds, unit="s")
 

@@ -56,7 +56,6 @@ class StageWorker:
         self._index = {name: tensor for tensor, name in enumerate(names)}
         held = self._layout.holds(self._id)
         self._weights = {tensor: np.zeros(self._layout.size(tensor), np.float32) for tensor in held}
-        self._other: dict[int, np.ndarray] = {}
         self._handles: dict[int, Any] = {}
         self._slots = {
             (slot, chunk): np.zeros(self._layout.length(chunk), np.float32)
@@ -77,23 +76,21 @@ class StageWorker:
 
     def initialise(self) -> tuple[Any, ...]:
         """(chunk roots of the initial state, then one bundle of weights for each of `layout.holders_of(self)`)."""
-        weights = {}
         for chunk in self._layout.owned(self._id):
             program = self._program.init_program(chunk.tensor, self._layout.length(chunk))
             rng = self._rng(step=0, micro_batch=0, place=chunk.tensor, offset=chunk.offset)
             with _located(f"initial weights of {self._layout.names[chunk.tensor]}"):
-                weights[chunk] = self._arrays(program, [rng])[0]
+                self._weights[chunk.tensor][self._layout.span(chunk)] = self._arrays(program, [rng])[0]
         for array in self._slots.values():
             array[:] = 0
-        return self._published(weights)
+        return self._published()
 
     def load(self, key: str, tensor: int, array: np.ndarray) -> None:
         """Take a whole tensor: weights are kept whole, an optimiser slot only in the chunks that this worker owns."""
         flat = np.asarray(array, np.float32).reshape(-1)
         if key == WEIGHT:
-            self._weights[tensor] = flat.copy()
-            self._handles.pop(tensor, None)
-            self._executor.forget()
+            self._weights[tensor][:] = flat
+            self._renew()
             return
         for chunk in self._layout.owned(self._id):
             if chunk.tensor == tensor:
@@ -117,6 +114,7 @@ class StageWorker:
         y = self._forward(step, micro_batch, x)
         with _located(f"step {step}, micro-batch {micro_batch}, loss"):
             loss, dy = self._executor.run(self._program.loss, [y, self._executor.put(target)])
+        del y  # of a language model's head the largest array of all
         return int(self._executor.get(loss)), self._backward(step, micro_batch, dy)
 
     def backward(self, step: int, micro_batch: int, dy: np.ndarray) -> np.ndarray | None:
@@ -248,11 +246,11 @@ class StageWorker:
 
     def update(self, step: int, total: int, exponent: int) -> tuple[Any, ...]:
         """(chunk roots of the owned state after the step, then a bundle of weights for each of `holders_of(self)`)."""
+        self._renew()
         scalars = [
             self._executor.put(np.array(value, dtype))
             for value, dtype in ((total, np.int64), (exponent, np.int32), (step, np.int64))
         ]
-        weights = {}
         for chunk in self._layout.owned(self._id):
             program = self._program.update_program(chunk.tensor, self._layout.length(chunk))
             weight = self._weights[chunk.tensor][self._layout.span(chunk)]
@@ -261,23 +259,18 @@ class StageWorker:
             with _located(f"step {step}, update of {self._layout.names[chunk.tensor]}"):
                 results = self._arrays(program, [*handles, self._totals.pop(chunk), *scalars])
                 _finite(results, (WEIGHT, *self._program.slots), chunk.offset)
-            weights[chunk], slots = results[0], results[1:]
-            for slot, array in zip(self._program.slots, slots, strict=True):
-                self._slots[slot, chunk] = array
-        return self._published(weights)
+            for array, result in zip(state, results, strict=True):
+                array[:] = result
+        return self._published()
 
     def store(self, *bundles: Bundle) -> None:
         """Take the new weights of every chunk that this worker holds."""
-        chunks = {chunk: array for bundle in bundles for chunk, array in bundle.items()}
-        for tensor in sorted({chunk.tensor for chunk in chunks}):
-            # other memory than last time, because an executor may share it with what was put
-            weights = self._other.get(tensor)
-            weights = np.empty(self._layout.size(tensor), np.float32) if weights is None else weights
-            for chunk in self._layout.chunks(tensor):
-                weights[self._layout.span(chunk)] = chunks[chunk]
-            self._other[tensor], self._weights[tensor] = self._weights[tensor], weights
-            self._handles.pop(tensor, None)
-        self._executor.forget()
+        for bundle in bundles:
+            for chunk, array in bundle.items():
+                target = self._weights[chunk.tensor][self._layout.span(chunk)]
+                if not np.shares_memory(target, array):  # its own are there already
+                    target[:] = array
+        self._renew()
 
     def receipt(self, run: bytes, step: int) -> bytes:
         """The encoded, signed receipt of what this worker did in the step; b"" for a worker without a key."""
@@ -296,7 +289,13 @@ class StageWorker:
         )
         return encode(sign_receipt(self._identity, receipt))
 
-    def _published(self, weights: Bundle) -> tuple[Any, ...]:
+    def _renew(self) -> None:
+        """Nothing that was made from weights or shares memory with them is used again: they change in place."""
+        self._handles.clear()
+        self._executor.forget()
+
+    def _published(self) -> tuple[Any, ...]:
+        weights = {c: self._weights[c.tensor][self._layout.span(c)] for c in self._layout.owned(self._id)}
         arrays = {**{(WEIGHT, chunk): array for chunk, array in weights.items()}, **self._slots}
         roots: ChunkRoots = dict(zip(arrays, self._roots(list(arrays.values())), strict=True))
         bundles = (
@@ -350,13 +349,15 @@ def _located(where: str) -> Iterator[None]:
         raise StepFault(f"{where}: {error}") from error
 
 
-def worker_builder(executor: Callable[[int], Executor]) -> Callable[[bytes], StageWorker]:
+def worker_builder(
+    executor: Callable[[int], Executor], kind: type[StageWorker] = StageWorker
+) -> Callable[[bytes], StageWorker]:
     """A function that builds a worker from its encoded WorkerConfig, with an executor made for its thread count."""
 
     def build(data: bytes) -> StageWorker:
         config = decode(WorkerConfig, data)
         identity = load_or_create(Path(config.keys).expanduser() / "worker.key") if config.keys else None
         program = TrainingProgram.decode(config.programs)
-        return StageWorker(config=config, program=program, executor=executor(config.threads), identity=identity)
+        return kind(config=config, program=program, executor=executor(config.threads), identity=identity)
 
     return build

@@ -6,6 +6,7 @@ operator and the element. A traced run needs every operator's output, so the ref
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -342,7 +343,7 @@ def allocate(elements: int, dtype: torch.dtype) -> Tensor:
 
 def _product(step: Whole, operands: Sequence[Tensor]) -> Tensor:
     lefts, terms = step.op.attributes["lefts"], step.op.attributes["terms"]
-    flat = [o.reshape(-1, *o.shape[-2:]) for o in operands]
+    flat = [o.reshape(math.prod(o.shape[:-2]), *o.shape[-2:]) for o in operands]
     return products.general(flat[:lefts], flat[lefts:], terms).reshape(step.op.type.shape)
 
 

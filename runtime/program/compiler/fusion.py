@@ -157,8 +157,9 @@ class Fusion:
         missing = [o for o in dict.fromkeys(op.inputs) if self._where(o) is None]
         if any(o not in self._lazy or o not in waiting for o in missing):
             return False
-        if not all(self._try(o, waiting, number, stage) for o in missing):
-            return False
+        for operand in missing:  # one may have been placed for another
+            if operand in waiting and not self._try(operand, waiting, number, stage):
+                return False
         if not self._place(value, op, number, stage):
             return False
         del waiting[value]
