@@ -72,8 +72,8 @@ def make_graph(
     for value in given:
         ops.pop(value, None)
     _prune(graph, known)
-    _fold(graph)
     _spread(graph)
+    _fold(graph)
     _gather(graph)
     _prune(graph, known)
     return graph
