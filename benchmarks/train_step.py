@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from benchmarks.baseline import load_weights, make_optimiser, update
 from benchmarks.harness import Goal, Row, main
 from benchmarks.local import RECIPES, Lowered, lowered, weights_of
+from runtime.executors import torch_threads
 from runtime.groups import LocalGroup
 from runtime.models.chain import Chain
 from runtime.models.initial import named_parameters
@@ -220,7 +221,9 @@ def measure_one(name: str, run: Lowered, threads: int, arguments: argparse.Names
     start = weights_of(crew)
 
     def ours(number: int) -> None:
+        torch.set_num_threads(torch_threads(threads))
         train_step(crew, run=bytes(32), step=number, batch=run.feed.batch(number))
+        torch.set_num_threads(threads)
 
     def make(*, compiled: bool = False, half: bool = False) -> Step:
         return peer(recipe, chain_of(recipe, run.dataset), start, run, compiled=compiled, half=half)

@@ -32,10 +32,21 @@ def compiled(threads: int) -> Executor:
     """
     from runtime.program.compiler.executor import CompiledExecutor
 
-    _set_threads(threads)
-    executor = CompiledExecutor(threads or (os.cpu_count() or 1), progress=Announced())
+    threads = threads or os.cpu_count() or 1
+    _set_threads(torch_threads(threads))
+    executor = CompiledExecutor(threads, progress=Announced())
     proven(executor)
     return executor
+
+
+def torch_threads(threads: int) -> int:
+    """Threads of torch's own beside a compiled executor with so many: one where it leaves torch no products.
+
+    OpenMP's threads spin for a while after each operator, on the cores that the executor's threads would use.
+    """
+    from runtime.program.compiler import products
+
+    return 1 if products.chosen() == products.VNNI else threads
 
 
 class Announced:

@@ -27,7 +27,7 @@ from runtime.program.compiler.axes import (
     reshape_view,
     slice_view,
 )
-from runtime.program.compiler.graph import ELEMENTWISE, REDUCTIONS, VIEWS, Graph
+from runtime.program.compiler.graph import ELEMENTWISE, REDUCTIONS, VIEWS, Graph, ranges
 from runtime.program.program import Op
 
 
@@ -116,6 +116,7 @@ class Fusion:
 
     def __init__(self, graph: Graph, inputs: dict[int, View]) -> None:
         self.graph, self.axes = graph, Axes()
+        self.ranges = ranges(graph)
         self.views: dict[int, View] = dict(inputs)
         self.stored: set[int] = set()
         self._inside: dict[int, Inside] = {}

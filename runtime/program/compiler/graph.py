@@ -114,6 +114,56 @@ def _fold(graph: Graph) -> None:
         graph.ops.pop(value, None)
 
 
+Range = tuple[int, int]
+"""The least and the largest that an integer can be."""
+
+
+def ranges(graph: Graph) -> dict[int, Range]:
+    """Ranges of the i32 values that exponents are made of, where the operators imply one without wrapping around."""
+    found: dict[int, Range] = {v: (bits, bits) for v, (dtype, bits) in graph.literals.items() if dtype == "i32"}
+    for value, op in graph.ops.items():
+        if op.type.dtype == "i32":
+            known = _range(graph, op, found)
+            if known is not None and known[0] >= -(2**31) and known[1] < 2**31:
+                found[value] = known
+    return found
+
+
+def _range(graph: Graph, op: Op, found: dict[int, Range]) -> Range | None:
+    operands = [found.get(v) for v in op.inputs]
+    if op.name == "and":
+        masks = [r[0] for r in operands if r is not None and r[0] == r[1] and r[0] >= 0]
+        return (0, min(masks)) if masks else None
+    if op.name == "select":
+        return _chosen(graph, op, found)
+    if any(r is None for r in operands) or not operands:
+        return None
+    (low, high), *others = [r for r in operands if r is not None]
+    match op.name:
+        case "add":
+            return low + others[0][0], high + others[0][1]
+        case "sub":
+            return low - others[0][1], high - others[0][0]
+        case "shr":
+            return low >> op.attributes["amount"], high >> op.attributes["amount"]
+        case "max" | "reshape" | "transpose" | "slice" | "broadcast":
+            return low, high
+    return None
+
+
+def _chosen(graph: Graph, op: Op, found: dict[int, Range]) -> Range | None:
+    """Of `select(x < c, a, x - d)` and the like: where the condition fails x is at least c."""
+    condition, no = graph.ops.get(op.inputs[0]), graph.ops.get(op.inputs[2])
+    first, second = (found.get(v) for v in op.inputs[1:])
+    if first is None or second is None:
+        return None
+    if condition is not None and no is not None and condition.name == "lt" and no.name == "sub":
+        limit, taken = found.get(condition.inputs[1]), found.get(no.inputs[1])
+        if limit is not None and taken is not None and condition.inputs[0] == no.inputs[0]:
+            second = (max(second[0], limit[0] - taken[1]), second[1])
+    return min(first[0], second[0]), max(first[1], second[1])
+
+
 def _evaluate(op: Op, operands: Sequence[tuple[str, int]]) -> tuple[str, int] | None:
     """What the reference makes of literals; None where it refuses, so that the run faults and not this."""
     try:

@@ -70,11 +70,13 @@ def _power(f: Function, p: ir.Value) -> ir.Value:
     return f.builder.bitcast(f.builder.shl(f.builder.add(p, I32(127)), I32(23)), F32)
 
 
-def _scale(f: Function, x: list[ir.Value], op: Op, dtypes: list[str]) -> ir.Value:
-    b, (value, p) = f.builder, x
-    if isinstance(p, ir.Constant) and -126 <= p.constant <= 127:
+def scale(f: Function, value: ir.Value, p: ir.Value, low: int, high: int) -> ir.Value:
+    """value * 2^p for low <= p <= high: one multiplication where that is a power for sure."""
+    b = f.builder
+    if low >= -126 and high <= 127:
         return b.fmul(value, _power(f, p))
-    p = _clamp(f, p, -252, 254)
+    if low < -252 or high > 254:
+        p = _clamp(f, p, -252, 254)
     first = _clamp(f, p, -126, 127)
     return b.fmul(b.fmul(value, _power(f, first)), _power(f, b.sub(p, first)))
 
@@ -106,7 +108,7 @@ MEANING: Mapping[str, Meaning] = {
     "mul": _arithmetic("fmul", "mul"),
     "div": _plain("fdiv"),
     "sqrt": lambda f, x, op, dtypes: f.intrinsic("llvm.sqrt.f32", F32, x),
-    "scale": _scale,
+    "scale": lambda f, x, op, dtypes: scale(f, x[0], x[1], -(2**31), 2**31 - 1),
     "and": _plain("and_"),
     "or": _plain("or_"),
     "xor": _plain("xor"),
@@ -449,6 +451,9 @@ class _Body:
             b = self.f.builder
             bad = b.zext(refused(self.f, operands[0], member.op), I32)
             b.store(b.or_(b.load(self.bad, typ=I32), bad), self.bad)
+        if member.op.name == "scale":
+            low, high = self.fusion.ranges.get(member.op.inputs[1], (-(2**31), 2**31 - 1))
+            return scale(self.f, operands[0], operands[1], low, high)
         return MEANING[member.op.name](self.f, operands, member.op, dtypes)
 
     def _dtype(self, operand: Operand) -> str:

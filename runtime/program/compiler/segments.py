@@ -13,7 +13,9 @@ from runtime.program.compiler.runner import clear, combine
 from runtime.program.types import NUMPY
 
 SHARED = 1 << 16
-"""A kernel with less work than this (elements times operators) is not worth a second thread."""
+WAKING = 1 << 23
+"""A kernel with less work than this (elements times operators) is not shared by threads, nor a segment with less than
+that in such kernels: waking a thread takes as long."""
 
 
 @dataclass
@@ -109,6 +111,8 @@ def _segment(
     threads: int,
 ) -> Segment:
     private: list[np.ndarray] = []
+    if sum(loop.kernel.work for loop in loops if loop.kernel.work >= SHARED) < WAKING:
+        threads = 1
     steps = [step for loop in loops for step in _steps(plan, loop, threads, private)]
     addresses = library.add([step.text for step in steps])
     numbers: dict[int, int] = {}
