@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.baseline import train_baseline
-from benchmarks.harness import Row, main
+from benchmarks.harness import Goal, Row, main
 from benchmarks.local import RECIPES, lowered, weights_of
 from runtime.executors import compiled
 from runtime.program.build import chain_of
@@ -65,6 +65,9 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     for name in crews:
         ratios = [a / b for a, b in zip(measured[name], measured["PyTorch float32"], strict=True)]
         yield Row(name=f"{name} / float32, median of pairs", value=statistics.median(ratios), unit="x")
+    gains = [a / b for a, b in zip(measured["reference executor"], measured["compiled executor"], strict=True)]
+    goal = Goal(relation=">=", limit=20)
+    yield Row(name="reference / compiled, median of pairs", value=statistics.median(gains), unit="x", goal=goal)
     yield Row(name="compiled executor: first step, compilation included", value=times["compiled executor"][0], unit="s")
     for name, spent in sorted(profile.items(), key=lambda item: -item[1]):
         yield Row(name=f"reference, primitive {name}", value=spent / steps, unit="s")

@@ -128,11 +128,11 @@ class Fusion:
 
     # ---------------------------------------------------------------------------------------------------- the stages
 
-    def run(self, values: Iterable[int], needed: set[int]) -> list[Stage]:
-        """The stages that make `values` of the graph; those in `needed` have to be in memory at the end."""
+    def run(self, values: Iterable[int]) -> list[Stage]:
+        """The stages that make `values` of the graph, all that their operands need being made."""
         waiting = {v: self._waiting.pop(v) for v in values if v in self._waiting}
         later = {o for op in self._waiting.values() for o in op.inputs}
-        later |= needed | {*self.graph.outputs, *self.graph.saved}
+        later |= {*self.graph.outputs, *self.graph.saved}
         self._lazy = lazy_values(self.graph) - later
         stages: list[Stage] = []
         while waiting:
@@ -238,13 +238,12 @@ class Fusion:
     def _order(self, cluster: Cluster) -> None:
         """Orders the axes as the largest arrays that are read lie in memory, inner loops last."""
         loads = [o for m in cluster.members.values() for o in m.operands if isinstance(o, Load)]
-        loads.sort(key=lambda load: -load.view.elements)
-        place: dict[Axis, tuple[int, int]] = {}
-        for rank, load in enumerate(loads):
+        strides: dict[Axis, int] = {}
+        for load in sorted(loads, key=lambda load: -load.view.elements):
             for axis, stride in self.strides(load).items():
-                if stride and axis not in place:
-                    place[axis] = (rank, stride)
-        known = sorted(cluster.space, key=lambda a: -place.get(a, (0, 0))[1])
+                if stride:
+                    strides.setdefault(axis, stride)
+        known = sorted(cluster.space, key=lambda a: -strides.get(a, 0))
         if cluster.inner is None:
             cluster.inner = (known[-1],) if known else ()
         inner = set(cluster.inner)
@@ -375,12 +374,15 @@ class Fusion:
         used = {a for dim in dims if dim for a in axes.leaves(dim)}
         if set(space) not in (used, *spaces):
             return False  # the loops of one would run once for each of the other's
+        if value in self.graph.added and set(space) != used:
+            return False  # it would be added once for each of the loops that it does not depend on
         cluster = clusters[0] if clusters else Cluster(number)
         for other in clusters[1:]:
             self._absorb(cluster, other)
         cluster.space = tuple(space)
         operands = tuple(self._operand(w, o, dims, cluster) for w, o in zip(where, op.inputs, strict=True))
         self._add(cluster, value, Member(op, operands, dims))
+        cluster.accumulates |= value in self.graph.added
         for w in where:
             if isinstance(w, View):
                 self._by_view.setdefault((number, w), (cluster, dims))
@@ -424,44 +426,45 @@ class Fusion:
         if 0 in shape or all(shape[i] == 1 for i in op.attributes["axes"]):
             return False
         if isinstance(where, View):
-            clusters, shared = self._sibling([where], number)
-            saved = self.axes.save()
-            copy = Op(name="cast", inputs=op.inputs, attributes={}, type=self.graph.types[op.inputs[0]], label=op.label)
-            dims = self._dims(copy, [where], clusters, shared)
-            dims = None if dims is None else tuple(self._concrete(d, n) for d, n in zip(dims, shape, strict=True))
-            if dims is None or any(c.frozen and not self._spans(c, dims) for c in clusters):
-                self.axes.restore(saved)
-                clusters = []
-                dims = tuple((self.axes.new(n),) if n > 1 else () for n in shape)
-                if not all(self.axes.cut(d or (), a) for d, a in zip(dims, where.dims, strict=True)):
-                    return False
-            cluster = clusters[0] if clusters else Cluster(number)
-            operand = self._operand(where, op.inputs[0], dims, cluster)
-            self._by_view.setdefault((number, where), (cluster, dims))
-            if not clusters:
-                cluster.space = tuple(a for d in dims if d for a in self.axes.leaves(d))
+            found = self._read_whole(where, op, number)
+            if found is None:
+                return False
+            cluster, dims = found
+            operand: Operand = self._operand(where, op.inputs[0], dims, cluster)
         else:
-            cluster = self._cluster[where.source]
-            dims, operand = where.dims, Local(where.source)
-            if any(d is None for d in dims):
-                if cluster.frozen:
-                    return False
-                dims = tuple(self._concrete(d, n) for d, n in zip(dims, shape, strict=True))
-                cluster.space = (*cluster.space, *(a for d in dims if d for a in d if a not in cluster.space))
-        if not self._spans(cluster, dims):
-            return False
+            cluster, operand = self._cluster[where.source], Local(where.source)
+            dims = tuple(self._concrete(d, n) for d, n in zip(where.dims, shape, strict=True))
+            fresh = {a for d in dims if d for a in d} - {a for d in where.dims if d for a in d}
+            if not self._spans((*cluster.space, *fresh), dims) or (fresh and cluster.frozen):
+                return False
+            cluster.space = (*cluster.space, *fresh)
         self._close(cluster, value, op, operand, dims)
         return True
+
+    def _read_whole(self, view: View, op: Op, number: int) -> tuple[Cluster, Dims] | None:
+        """A cluster for a sum of an array in memory, one that reads it already if there is one, and its dimensions."""
+        shape = self.graph.types[op.inputs[0]].shape
+        known = self._by_view.get((number, view))
+        if known is not None:
+            cluster, dims = known
+            if all(d is not None for d in dims) and self._spans(cluster.space, dims):
+                return cluster, dims
+        dims = tuple((self.axes.new(n),) if n > 1 else () for n in shape)
+        if not all(self.axes.cut(d or (), a) for d, a in zip(dims, view.dims, strict=True)):
+            return None
+        cluster = Cluster(number, space=tuple(a for d in dims if d for a in self.axes.leaves(d)))
+        self._by_view.setdefault((number, view), (cluster, dims))
+        return cluster, dims
 
     def _concrete(self, dim: Dim, size: int) -> Dim:
         if dim is not None:
             return dim
         return (self.axes.new(size),) if size > 1 else ()
 
-    def _spans(self, cluster: Cluster, dims: Dims) -> bool:
-        """Whether the dimensions are all the axes of the cluster."""
+    def _spans(self, space: Sequence[Axis], dims: Dims) -> bool:
+        """Whether the dimensions are all the axes of a space."""
         own = {a for d in dims if d for a in self.axes.leaves(d)}
-        return own == set(self.axes.leaves(cluster.space))
+        return own == set(self.axes.leaves(space))
 
     def _close(self, cluster: Cluster, value: int, op: Op, operand: Operand, dims: Dims) -> None:
         axes = self.axes

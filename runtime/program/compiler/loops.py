@@ -181,9 +181,6 @@ class _Body:
 
     # ------------------------------------------------------------------------------------------------- what goes where
 
-    def _strides(self, operand: Load) -> dict[Axis, int]:
-        return self.fusion.strides(operand)
-
     def _kept_strides(self, value: int) -> dict[Axis, int]:
         """Strides of what a value is stored as, from its own view."""
         view, dims = self.fusion.views[value], self.members[value].dims
@@ -197,13 +194,17 @@ class _Body:
         """Axes in loop order, neighbours joined where every array allows it; how many of the loops are outer ones."""
         axes, cluster = self.fusion.axes, self.cluster
         inner = set(cluster.inner or ())
-        arrays = [self._strides(o) for m in self.members.values() for o in m.operands if isinstance(o, Load)]
+        arrays = [self.fusion.strides(o) for m in self.members.values() for o in m.operands if isinstance(o, Load)]
         arrays += [self._kept_strides(v) for v in (*self.stores, *self.kept)]
+
+        def joins(before: Axis, axis: Axis) -> bool:
+            if self.reduces and (before in inner) != (axis in inner):
+                return False
+            return all(a.get(before, 0) == a.get(axis, 0) * axes.size(axis) for a in arrays)
+
         groups: list[tuple[Axis, ...]] = []
         for axis in cluster.space:
-            before = groups[-1][-1] if groups else None
-            joins = before is not None and (not self.reduces or (before in inner) == (axis in inner))
-            if joins and all(a.get(before, 0) == a.get(axis, 0) * axes.size(axis) for a in arrays):  # type: ignore[arg-type]
+            if groups and joins(groups[-1][-1], axis):
                 groups[-1] = (*groups[-1], axis)
             else:
                 groups.append((axis,))
@@ -237,7 +238,7 @@ class _Body:
         if isinstance(operand, Literal):
             return False
         if isinstance(operand, Load):
-            return self.full([a for a, s in self._strides(operand).items() if s])
+            return self.full([a for a, s in self.fusion.strides(operand).items() if s])
         return self.is_full[operand.value]
 
     def _times(self) -> None:
@@ -476,7 +477,7 @@ class _Body:
 
     def _load(self, operand: Load, inner: Sequence[ir.Value]) -> ir.Value:
         base, view = self.read[operand.view.buffer], operand.view
-        strides = self.along(self._strides(operand))
+        strides = self.along(self.fusion.strides(operand))
         return self._fetch(self._address(base, view.offset, strides, inner, MEMORY[operand.dtype]), operand.dtype)
 
     def _fetch(self, address: ir.Value, dtype: str) -> ir.Value:

@@ -118,9 +118,9 @@ class _Planner:
                 dynamic.add(value)
         graph.added = frozenset(v for v in graph.added if v in dynamic and 0 not in graph.types[v].shape)
         first = [v for v in graph.ops if v not in dynamic]
-        self._take(self.fusion.run(first, set()), self.before)
+        self._take(self.fusion.run(first), self.before)
         self.early = {b for step in self.before for b in step.writes} | {inputs[v].buffer for v in inputs if v < stable}
-        self._take(self.fusion.run([v for v in graph.ops if v in dynamic], set()), self.steps)
+        self._take(self.fusion.run([v for v in graph.ops if v in dynamic]), self.steps)
 
     def _take(self, stages: Iterable[Stage], steps: list[Step]) -> None:
         for stage in stages:
