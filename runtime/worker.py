@@ -350,7 +350,7 @@ def _located(where: str) -> Iterator[None]:
 
 
 def worker_builder(
-    executor: Callable[[int], Executor], kind: type[StageWorker] = StageWorker
+    executor: Callable[[int], Executor], kind: type[StageWorker] | None = None
 ) -> Callable[[bytes], StageWorker]:
     """A function that builds a worker from its encoded WorkerConfig, with an executor made for its thread count."""
 
@@ -358,6 +358,8 @@ def worker_builder(
         config = decode(WorkerConfig, data)
         identity = load_or_create(Path(config.keys).expanduser() / "worker.key") if config.keys else None
         program = TrainingProgram.decode(config.programs)
-        return kind(config=config, program=program, executor=executor(config.threads), identity=identity)
+        return (kind or StageWorker)(
+            config=config, program=program, executor=executor(config.threads), identity=identity
+        )
 
     return build

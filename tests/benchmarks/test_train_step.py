@@ -1,0 +1,49 @@
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import train_step
+from benchmarks.harness import main
+from benchmarks.train_step import Shape, add_options, measure
+from storage.errors import UsageError
+
+TINY = Shape(
+    base="quickstart",
+    layers=1,
+    width=16,
+    heads=2,
+    context=16,
+    sequences=2,
+    micro_batches=2,
+    goals=(("eager float32", 0),),
+)
+
+
+def test_an_unknown_shape_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(measure, train_step.__doc__, add_options=add_options, arguments=["--shapes", "gpt-3"])
+    assert code == UsageError.exit_code
+    assert "--shapes gpt-3: expected some of gpt-256" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_every_side_takes_steps_and_the_breakdown_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_step, "SHAPES", {"tiny": TINY})
+    given = argparse.Namespace(shapes="tiny", threads="1", steps=2, without_compile=True)
+    rows = {row.name.removeprefix("tiny, 1 thread: "): row for row in measure(given)}
+    for side in ("exact", "eager float32", "eager bfloat16"):
+        assert rows[f"step, {side}"].value > 0
+    assert rows["exact over eager float32"].met
+    parts = [row.value for name, row in rows.items() if name.startswith("exact, ")]
+    assert len(parts) >= 5
+    assert 0 < sum(parts) < 1.5 * rows["step, exact"].value
+
+
+@pytest.mark.slow
+def test_starts_are_counted_from_an_empty_cache() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.start", "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (0, 1), done.stderr
+    assert '"cold start: every kernel compiled"' in done.stdout
