@@ -49,23 +49,23 @@ TEXT = "In the beginning was the word, and every word was eight bits long. " * 2
 
 
 @cache
-def tiny_program() -> bytes:
+def tiny_program(steps: int = 5) -> bytes:
     """The encoded TrainingProgram of the tiny recipe, built once: a GPT of two layers with tied embeddings."""
-    return _build(MemoryStore(), tiny_recipe())
+    return _build(MemoryStore(), tiny_recipe(steps))
 
 
-def tiny_recipe() -> Recipe:
+def tiny_recipe(steps: int = 5) -> Recipe:
     """The tiny recipe; its text is expected as text.txt beside it."""
-    return parse_recipe(TINY, source="tiny")
+    return parse_recipe(TINY.replace("steps = 5", f"steps = {steps}"), source="tiny")
 
 
-def tiny_job(store: Store, *, name: str = "tiny") -> Job:
+def tiny_job(store: Store, *, name: str = "tiny", steps: int = 5) -> Job:
     """The tiny recipe with data and programs in `store`."""
-    recipe = tiny_recipe()
+    recipe = tiny_recipe(steps)
     store.put(recipe.canonical())
     data = _prepare(store, recipe)
     feed = Feed(recipe=recipe, dataset=open_dataset(store, data))
-    encoded = tiny_program()
+    encoded = tiny_program(steps)
     program = TrainingProgram.decode(encoded)
     return Job(name=name, feed=feed, program=program, programs=store.put(encoded), data=data)
 

@@ -1,8 +1,9 @@
 """The operator table: every primitive that a Program may use, with its arity, attributes and type rule.
 
 The meaning of each row is `docs/arithmetic.md`, and each back end is one more column keyed by the same names: plain
-torch in `reference.py` (the executable specification), later compiled CPU, CUDA and Solidity. Softmax, norms, exp,
-cross-entropy and AdamW are compositions of these rows (`sums.py`, `functions.py`, `random.py`), never rows themselves.
+torch in `reference.py` (the executable specification), LLVM in `compiler/loops.py`, later CUDA and Solidity. Softmax,
+norms, exp, cross-entropy and AdamW are compositions of these rows (`sums.py`, `functions.py`, `random.py`), never rows
+themselves.
 """
 
 from __future__ import annotations

@@ -311,6 +311,8 @@ def test_an_operator_that_nobody_reads_still_faults(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_whole_run_ends_in_the_same_state() -> None:
+def test_fifty_steps_end_in_the_same_state() -> None:
     here, there = MemoryStore(), MemoryStore()
-    assert train(here, tiny_job(here), group=local_group(compiled)) == train(there, tiny_job(there))
+    made = train(here, tiny_job(here, steps=50), group=local_group(compiled), threads=2)
+    assert made.step == 50
+    assert made == train(there, tiny_job(there, steps=50))
