@@ -292,7 +292,9 @@ class CompiledExecutor(ReferenceExecutor):
         except Refused:
             raise _GaveUp from None
         if step.output not in offsets:
-            memory[step.output] = made.contiguous().reshape(-1)
+            made = made.contiguous()
+            inside = made.untyped_storage().data_ptr() == self._arena.untyped_storage().data_ptr()
+            memory[step.output] = (made.clone() if inside else made).reshape(-1)  # the arena is written over
         if self._spent is not None:
             kind = "products" if step.op.name == "product" else "whole arrays"
             self._spent[kind] = self._spent.get(kind, 0.0) + time.perf_counter() - started
