@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
+from storage import kernels
+
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 DIGEST_BYTES = 32
-LEAF_BYTES = 4096
+LEAF_BYTES = kernels.LEAF_BYTES
 CHUNK_LEAVES = 256
 """Leaves of one frame of a checkpoint (1 MiB): a power of two, so the roots of frames compose to the tensor's root."""
 
@@ -51,18 +53,9 @@ def bytes_root(buffer: "ReadableBuffer") -> bytes:
     """Root of the tree over the buffer's bytes in leaves of 4 KiB, the last one short: the root of a tensor.
 
     Takes any C-contiguous buffer. The byte count is not in the root; records commit to it beside (`TensorEntry`).
+    Other Python threads run meanwhile where `kernels` has a kernel.
     """
-    view = memoryview(buffer)
-    if not view.nbytes:
-        return EMPTY_ROOT  # an empty multi-dimensional view cannot be cast to bytes
-    data = view.cast("B")
-    begin = sha256(b"\x00").copy  # a copied state costs less than a new hash of a copied leaf
-    leaves = []
-    for at in range(0, len(data), LEAF_BYTES):
-        leaf = begin()
-        leaf.update(data[at : at + LEAF_BYTES])
-        leaves.append(leaf.digest())
-    return root(leaves)
+    return kernels.tree_root(kernels.leaf_hashes(buffer))
 
 
 def inclusion_proof(leaf_hashes: Sequence[bytes], index: int) -> tuple[bytes, ...]:

@@ -20,7 +20,6 @@ import torch
 from runtime.program.compiler import products
 from runtime.program.compiler.axes import View
 from runtime.program.compiler.graph import make_graph, tensor_of
-from runtime.program.compiler.native import Library, Progress, cache_folder, quiet
 from runtime.program.compiler.plan import INTO, Plan, Whole, make_plan
 from runtime.program.compiler.runner import make_runner
 from runtime.program.compiler.saving import saved_values, shared
@@ -29,6 +28,7 @@ from runtime.program.executor import Observer
 from runtime.program.program import Program
 from runtime.program.reference import TORCH, ReferenceExecutor, Refused, Tensor, scatter_add
 from storage.errors import FailureError
+from storage.native import Library, Progress, cache_folder, quiet
 
 
 @dataclass

@@ -22,9 +22,9 @@ from llvmlite import ir
 
 from runtime.program.compiler.axes import Axis
 from runtime.program.compiler.fusion import Cluster, Fusion, Literal, Load, Local, Member, Operand
-from runtime.program.compiler.native import F32, I1, I8, I32, I64, POINTER, Function, entry, features
 from runtime.program.program import Op
 from runtime.program.types import NUMPY
+from storage.native import F32, I1, I8, I32, I64, POINTER, Function, entry, features
 
 TYPE: Mapping[str, ir.Type] = {"f32": F32, "i8": I8, "i32": I32, "i64": I64, "bool": I1}
 MEMORY: Mapping[str, ir.Type] = {**TYPE, "bool": I8}

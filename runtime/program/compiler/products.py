@@ -14,8 +14,8 @@ from functools import cache
 
 import torch
 
-from runtime.program.compiler.native import features
 from runtime.program.reference import MEANING
+from storage.native import features
 
 Tensor = torch.Tensor
 Path = Callable[[Tensor, Tensor], Tensor]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from runtime.program.compiler.native import I32, I64, POINTER, Function, Library, entry
+from storage.native import I32, I64, POINTER, Function, Library, entry
 
 Runner = Callable[[int, int, int, int, int], int]
 """(steps, how many, threads, barrier, times) -> 0, or what a kernel refused; addresses of i64 arrays, 0 for no times.

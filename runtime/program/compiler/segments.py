@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from runtime.program.compiler.native import Address, Library
 from runtime.program.compiler.plan import Loop, Part, Plan, Whole
 from runtime.program.compiler.runner import clear, combine
 from runtime.program.types import NUMPY
+from storage.native import Address, Library
 
 SHARED = 1 << 16
 WAKING = 1 << 23

@@ -19,7 +19,7 @@ from functools import cache
 
 from llvmlite import ir
 
-from runtime.program.compiler.native import I8, I32, I64, POINTER, Function, entry
+from storage.native import I8, I32, I64, POINTER, Function, entry
 
 PANEL = 64
 TILES = (6, 2, 1)

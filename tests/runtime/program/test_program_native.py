@@ -16,13 +16,13 @@ from runtime.program.builder import Builder
 from runtime.program.compiler import executor as compiler
 from runtime.program.compiler import products
 from runtime.program.compiler.executor import CompiledExecutor, allocate
-from runtime.program.compiler.native import Library, features, private
 from runtime.program.compiler.runner import clear, combine
 from runtime.program.vectors import FILE, Vector, load
 from runtime.testing import local_group, tiny_job, train
 from runtime.worker import StepFault
 from storage.errors import FailureError
-from storage.objects import MemoryStore
+from storage.native import Library, features, private
+from storage.store import memory_store
 from trueweight import cli
 
 MODULE = ("clear", clear("sum", "i64"))
@@ -72,7 +72,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(tmp_path: Path) -> None:
 
 def test_processes_share_the_folder(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from runtime.program.compiler.native import Library; "
+        "import sys; from pathlib import Path; from storage.native import Library; "
         "from runtime.program.compiler.runner import clear, combine; "
         "Library(Path(sys.argv[1])).add([('combine', combine('sum', 'i64', n)) for n in range(2, 12)])"
     )
@@ -167,7 +167,7 @@ def test_too_little_memory_names_the_block_and_the_remedy(monkeypatch: pytest.Mo
     with pytest.raises(FailureError, match=r"would fit: raise \[training\] micro_batches"):
         allocate(2**20, torch.float32)
     monkeypatch.setattr(executors, "_vectors", list)  # they need memory as well
-    store = MemoryStore()
+    store = memory_store()
     with pytest.raises(StepFault, match=r"initial weights of block000\.position: out of memory: expected .* GiB"):
         train(store, tiny_job(store), group=local_group(compiled))
 
