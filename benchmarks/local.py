@@ -20,7 +20,7 @@ from runtime.program.training import TrainingProgram
 from runtime.recipe import Recipe
 from runtime.transition import Crew, StateView, assemble
 from runtime.worker import worker_builder
-from storage.objects import MemoryStore
+from storage.store import memory_store
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -54,7 +54,7 @@ class Lowered:
 
 def lowered(recipe: Recipe, folder: Path = RECIPES) -> Lowered:
     """The recipe's data prepared and its model lowered; relative paths start in `folder`."""
-    store = MemoryStore()
+    store = memory_store()
     dataset = open_dataset(store, prepare(recipe.data, store, folder=folder))
     return Lowered(recipe=recipe, dataset=dataset, program=build_training_program(recipe, dataset))
 

@@ -1,7 +1,10 @@
 """The controller: a plain state machine that takes a run from wherever it stands to its end.
 
-    ASSEMBLE -> START (new run) or RESTORE (old one) -> STEP ... -> COMMIT (segment full) -> STEP ... -> FINISHED
+    ASSEMBLE -> START (new run) or RESTORE (old one) -> STEP ... -> SAVE (segment full) -> STEP ... -> FINISHED
                                                          STEP -> PAUSE (asked to stop) -> STOPPED
+
+Training waits only until a full segment's state is copied; it is stored behind the next steps, and the segment is
+committed before the first step that finds it stored. One save is under way at a time.
 
 It knows neither torch nor Ray: workers are behind `WorkerGroup`, bytes behind `Store`, and whoever wants to see
 progress passes an observer. Nothing is visible in the store before the Head moves, so a failure anywhere leaves the
@@ -9,6 +12,7 @@ last checkpoint as it was.
 """
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -18,12 +22,13 @@ from runtime.groups import WorkerGroup
 from runtime.plan import Plan
 from runtime.program.training import TrainingProgram
 from runtime.segments import FAILED, FINISHED, INTERRUPTED, RUNNING, History, Position
-from runtime.transition import Crew, StateView, assemble, initialise, restore, train_step
+from runtime.transition import Crew, StateParts, assemble, initialise, restore, train_step
 from runtime.version import VERSION
-from storage.checkpoints import load_state, open_checkpoint, save_state
+from storage.checkpoints import load_state
 from storage.errors import FailureError, TrueweightError
-from storage.objects import Store
 from storage.records import RunRecord, SegmentRecord, StepRecord
+from storage.saves import Saver
+from storage.store import Store
 
 
 class Phase(Enum):
@@ -33,7 +38,7 @@ class Phase(Enum):
     START = "start"
     RESTORE = "restore"
     STEP = "step"
-    COMMIT = "commit"
+    SAVE = "save"
     PAUSE = "pause"
     STOPPED = "stopped"
     FINISHED = "finished"
@@ -52,7 +57,7 @@ class Job:
     """Digest (and root) of the dataset."""
     engine: str = "exact"
 
-    def record(self, *, initial_state: bytes, initial_checkpoint: bytes) -> RunRecord:
+    def record(self, *, initial_state: bytes) -> RunRecord:
         """The run's record, once its initial state is known."""
         return RunRecord(
             name=self.name,
@@ -62,7 +67,6 @@ class Job:
             data=self.data,
             engine=self.engine,
             initial_state=initial_state,
-            initial_checkpoint=initial_checkpoint,
             version=VERSION,
         )
 
@@ -120,6 +124,8 @@ class Controller:
     _crew: Crew  # from ASSEMBLE on
     _history: History  # from START or RESTORE on
     _position: Position  # from STEP on
+    _saving: tuple[Position, "Future[bytes]"] | None = None
+    """The segment whose state is being stored."""
 
     def __init__(
         self,
@@ -146,20 +152,24 @@ class Controller:
         self._observe = observe
         self._stop = stop
         self._events: tuple[str, ...] = ()
+        self._saver = Saver(store)
 
     def run(self) -> Ended:
         """Go on until the run is finished or `stop` says so; raises what failed, with the last checkpoint in place."""
         phase = Phase.ASSEMBLE
-        try:
-            while phase not in (Phase.STOPPED, Phase.FINISHED):
-                phase = self._advance(phase)
-        except TrueweightError as error:
-            if phase in (Phase.STEP, Phase.COMMIT, Phase.PAUSE):
-                self._fail(error)
-            raise
-        finally:
-            self._group.stop()
-        return self._end(self._history.head.status)
+        with self._store.writing(f"run {self._job.name}"):
+            try:
+                while phase not in (Phase.STOPPED, Phase.FINISHED):
+                    phase = self._advance(phase)
+                self._settle()
+            except TrueweightError as error:
+                if phase in (Phase.STEP, Phase.SAVE, Phase.PAUSE, Phase.FINISHED):
+                    self._fail(error)
+                raise
+            finally:
+                self._group.stop()
+                self._saver.close()
+            return self._end(self._history.head.status)
 
     def _advance(self, phase: Phase) -> Phase:
         """Do what the phase says; the next phase."""
@@ -172,8 +182,8 @@ class Controller:
                 return self._restore()
             case Phase.STEP:
                 return self._step()
-            case Phase.COMMIT:
-                return self._commit()
+            case Phase.SAVE:
+                return self._save()
             case Phase.PAUSE:
                 return self._pause()
         raise AssertionError(phase)
@@ -196,20 +206,14 @@ class Controller:
 
     def _start(self) -> Phase:
         root = initialise(self._crew)
-        checkpoint = self._save(0, root)
-        record = self._job.record(initial_state=root, initial_checkpoint=checkpoint)
-        self._history = History.start(self._store, record)
+        self._store_state(root).result()
+        self._history = History.start(self._store, self._job.record(initial_state=root))
         return self._ready(self._history.position())
 
     def _restore(self) -> Phase:
         position = self._history.position()
-        stored = open_checkpoint(self._store, position.checkpoint).state_root
-        if stored != position.poststate:
-            raise FailureError(
-                f"checkpoint {position.checkpoint.hex()}: expected state root {position.poststate.hex()}, got "
-                f"{stored.hex()}; take the run from another copy of the store"
-            )
-        restore(self._crew, load_state(self._store, position.checkpoint))
+        restore(self._crew, load_state(self._store, position.poststate))
+        self._saver.base = position.poststate
         if position.next_step < self._job.feed.steps:
             self._history.mark(RUNNING)
         return self._ready(position)
@@ -227,6 +231,8 @@ class Controller:
         return self._next()
 
     def _step(self) -> Phase:
+        if self._saving and self._saving[1].done():
+            self._settle()
         feed, position = self._job.feed, self._position
         record, receipts = train_step(
             self._crew,
@@ -245,42 +251,51 @@ class Controller:
         """What follows a step: a full segment is committed even when the run is asked to stop."""
         position, feed = self._position, self._job.feed
         if position.steps and position.next_step == feed.segment(position.index).stop:
-            return Phase.COMMIT
+            return Phase.SAVE
         if position.next_step >= feed.steps:
             return Phase.FINISHED
         return Phase.PAUSE if self._stop() else Phase.STEP
 
-    def _commit(self) -> Phase:
+    def _save(self) -> Phase:
+        self._settle()
         position = self._position
-        checkpoint = self._save(position.next_step, position.poststate)
-        status = FINISHED if position.next_step >= self._job.feed.steps else RUNNING
-        segment, self._position = self._history.commit(position, checkpoint, status)
-        self._observe(Committed(segment=segment))
+        self._saving = position, self._store_state(position.poststate)
+        self._position = position.closed
         return self._next()
 
     def _pause(self) -> Phase:
+        self._settle()
         position = self._position
         if position.steps:
-            self._history.pause(position, self._save(position.next_step, position.poststate))
+            self._store_state(position.poststate).result()
+            self._history.pause(position)
         else:
             self._history.mark(INTERRUPTED)
         return Phase.STOPPED
 
     # ----------------------------------------------------------------------------------------------------- helpers
 
-    def _save(self, step: int, expected: bytes) -> bytes:
-        """The checkpoint of the crew's state, which must be the state that the records speak of."""
-        checkpoint, root = save_state(self._store, step, StateView(self._crew))
-        if root != expected:
-            raise FailureError(
-                f"checkpoint after step {step}: expected state root {expected.hex()}, got {root.hex()}; a worker's "
-                f"memory changed under it: resume the run, on other hosts if it happens again"
-            )
-        return checkpoint
+    def _store_state(self, root: bytes) -> "Future[bytes]":
+        """The crew's state copied, and on its way into the store, where it must have the root that the records say."""
+        state = StateParts(self._crew)
+        return self._saver.save(self._saver.copy(state, state.shapes), root)
+
+    def _settle(self) -> None:
+        """Commit the segment whose state is being stored, once it is."""
+        if self._saving is None:
+            return
+        (position, stored), self._saving = self._saving, None
+        stored.result()
+        status = FINISHED if position.next_step >= self._job.feed.steps else RUNNING
+        self._observe(Committed(segment=self._history.commit(position, status)))
 
     def _fail(self, error: TrueweightError) -> None:
-        """Say that the run failed, unless the store is what failed or somebody else has moved the run."""
+        """Say that the run failed, unless the store is what failed or somebody else has moved the run.
+
+        A segment that was done before is committed all the same.
+        """
         with suppress(FailureError):
+            self._settle()
             self._history.mark(FAILED)
         self._end(FAILED, str(error))
 

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from runtime import corpora, philox, tokenisers
 from runtime.recipe import DataConfig
-from storage.checkpoints import entry_for, state_root
-from storage.codec import U32, U64, Digest, decode, encode, record
+from storage.checkpoints import entry_for
+from storage.codec import U32, U64, Link, decode, encode, record
 from storage.errors import IntegrityError, UsageError
-from storage.objects import ObjectStore
+from storage.manifest import state_root
+from storage.store import Store
 
 ORDER = "windows-1"
 SHARD_ITEMS = 1 << 22  # tokens or images in a shard
@@ -36,7 +37,7 @@ Progress = Callable[[str, float], None]
 class Shard:
     """One Arrow IPC stream in the store: `count` tokens (column token) or images (columns pixels, label)."""
 
-    object: Digest
+    object: Link
     count: U64
 
 
@@ -52,7 +53,7 @@ class DatasetRecord:
     vocab: U32
     shape: tuple[U64, ...]
     peak: U32
-    tokeniser: Digest | None
+    tokeniser: Link | None
     order: str
     training: tuple[Shard, ...]
     validation: tuple[Shard, ...]
@@ -62,7 +63,7 @@ def silent(_what: str, _share: float) -> None:
     """Progress that nobody watches."""
 
 
-def prepare(config: DataConfig, store: ObjectStore, *, folder: Path = Path(), progress: Progress = silent) -> bytes:
+def prepare(config: DataConfig, store: Store, *, folder: Path = Path(), progress: Progress = silent) -> bytes:
     """The data root, 32 bytes: shards, tokeniser and record are in the store. The same for the same source anywhere.
 
     Relative paths start at `folder`, the recipe's. `progress` is told what is being done and the share that is done.
@@ -73,7 +74,7 @@ def prepare(config: DataConfig, store: ObjectStore, *, folder: Path = Path(), pr
     return store.put(encode(made))
 
 
-def prepare_text(config: DataConfig, store: ObjectStore, folder: Path, progress: Progress) -> DatasetRecord:
+def prepare_text(config: DataConfig, store: Store, folder: Path, progress: Progress) -> DatasetRecord:
     """The record of a text: the last share is for validation, the rest trains the model and, if need be, the BPE."""
     progress("reading text", 0.0)
     text = corpora.read_text(config, folder)
@@ -127,7 +128,7 @@ def check_length(part: str, found: int, needed: int, config: DataConfig) -> None
         )
 
 
-def prepare_images(config: DataConfig, store: ObjectStore) -> DatasetRecord:
+def prepare_images(config: DataConfig, store: Store) -> DatasetRecord:
     """The record of labelled images, the validation share drawn by a fixed permutation."""
     images = corpora.digits()
     order = permutation(SPLIT_SEED, 0, len(images.labels))
@@ -151,7 +152,7 @@ def prepare_images(config: DataConfig, store: ObjectStore) -> DatasetRecord:
     )
 
 
-def write_shards(store: ObjectStore, columns: dict[str, pa.Array]) -> tuple[Shard, ...]:
+def write_shards(store: Store, columns: dict[str, pa.Array]) -> tuple[Shard, ...]:
     """The columns in shards, each one Arrow stream of one batch: uncompressed, because codecs change by version."""
     schema = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()])
     options = pa.ipc.IpcWriteOptions(metadata_version=pa.ipc.MetadataVersion.V5, compression=None)
@@ -167,7 +168,7 @@ def write_shards(store: ObjectStore, columns: dict[str, pa.Array]) -> tuple[Shar
     return tuple(shard(start) for start in range(0, whole.num_rows, SHARD_ITEMS))
 
 
-def open_dataset(store: ObjectStore, root: bytes) -> Dataset:
+def open_dataset(store: Store, root: bytes) -> Dataset:
     """The dataset of a data root. MissingObject or IntegrityError; UsageError for an order that this version lacks."""
     made = decode(DatasetRecord, store.get(root))
     if made.order != ORDER or made.kind not in ("tokens", "images"):
@@ -186,7 +187,7 @@ def open_dataset(store: ObjectStore, root: bytes) -> Dataset:
 class Dataset:
     """Batches of a prepared dataset. Shards are read when they are first needed, hashed and checked, then kept."""
 
-    def __init__(self, store: ObjectStore, root: bytes, made: DatasetRecord) -> None:
+    def __init__(self, store: Store, root: bytes, made: DatasetRecord) -> None:
         self.root = root
         self.record = made
         self._store = store
@@ -276,7 +277,7 @@ class Dataset:
         return self._columns[shard.object]
 
 
-def read_shard(store: ObjectStore, shard: Shard, made: DatasetRecord) -> tuple[NDArray[Any], ...]:
+def read_shard(store: Store, shard: Shard, made: DatasetRecord) -> tuple[NDArray[Any], ...]:
     """The columns of a shard: (tokens [n],), or (pixels [n, size], labels [n]); IntegrityError where they differ."""
     names = ["token"] if made.kind == "tokens" else ["pixels", "label"]
     try:

@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from storage import merkle
-from storage.codec import decode, encode
+from storage.codec import NO_DIGEST, decode, encode
 from storage.errors import Conflict, IntegrityError, UsageError
-from storage.objects import Store
-from storage.records import NO_DIGEST, Head, Partial, RecordList, RunRecord, SegmentRecord, StepRecord
+from storage.records import Head, Partial, RecordList, RunRecord, SegmentRecord, StepRecord
+from storage.store import Store
 
 RUNNING, INTERRUPTED, FAILED, FINISHED = "running", "interrupted", "failed", "finished"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where a run stands: `checkpoint` is its state, `steps` and `receipts` what the open segment has so far.
+    """Where a run stands: `steps` and `receipts` are what the open segment has so far.
 
     `prestate` is the state root that the open segment starts from, `poststate` the one after the steps so far.
     """
@@ -28,7 +28,6 @@ class Position:
     first_step: int
     prestate: bytes
     poststate: bytes
-    checkpoint: bytes
     steps: tuple[bytes, ...] = ()
     receipts: tuple[bytes, ...] = ()
 
@@ -37,8 +36,15 @@ class Position:
         """The step to do next."""
         return self.first_step + len(self.steps)
 
+    @property
+    def closed(self) -> "Position":
+        """The position once the open segment is committed."""
+        return Position(
+            index=self.index + 1, first_step=self.next_step, prestate=self.poststate, poststate=self.poststate
+        )
+
     def after(self, record: StepRecord, receipts: Sequence[bytes]) -> "Position":
-        """The position one step on; `checkpoint` is still the older one."""
+        """The position one step on."""
         return replace(
             self,
             steps=(*self.steps, encode(record)),
@@ -117,33 +123,20 @@ class History:
         if self.head.partial is None:
             return position
         partial = decode(Partial, self.store.get(self.head.partial))
-        last = decode(StepRecord, partial.steps[-1])
-        return replace(
-            position,
-            poststate=last.state_root,
-            checkpoint=partial.checkpoint,
-            steps=partial.steps,
-            receipts=partial.receipts,
-        )
+        return replace(position, poststate=partial.state, steps=partial.steps, receipts=partial.receipts)
 
     def _last_boundary(self) -> Position:
         if self.head.segment is None:
             root = self.run.initial_state
-            checkpoint = self.run.initial_checkpoint
-            return Position(index=0, first_step=0, prestate=root, poststate=root, checkpoint=checkpoint)
+            return Position(index=0, first_step=0, prestate=root, poststate=root)
         last = decode(SegmentRecord, self.store.get(self.head.segment))
-        return Position(
-            index=last.index + 1,
-            first_step=last.first_step + last.steps,
-            prestate=last.poststate,
-            poststate=last.poststate,
-            checkpoint=last.checkpoint,
-        )
+        after = last.first_step + last.steps
+        return Position(index=last.index + 1, first_step=after, prestate=last.poststate, poststate=last.poststate)
 
     # --------------------------------------------------------------------------------------------------- write
 
-    def commit(self, position: Position, checkpoint: bytes, status: str) -> tuple[SegmentRecord, Position]:
-        """Close the open segment, whose poststate is in `checkpoint`: its record, and the position after it."""
+    def commit(self, position: Position, status: str) -> SegmentRecord:
+        """Close the open segment, whose poststate is in the store: its record."""
         segment = SegmentRecord(
             run=self.run_digest,
             index=position.index,
@@ -154,20 +147,19 @@ class History:
             steps_root=merkle.list_root(position.steps),
             receipts_root=merkle.list_root(position.receipts),
             previous=self.head.segment or NO_DIGEST,
-            checkpoint=checkpoint,
             steps_object=self.store.put(encode(RecordList(items=position.steps))),
             receipts_object=self.store.put(encode(RecordList(items=position.receipts))),
         )
         digest = self.store.put(encode(segment))
         self._move(Head(run=self.run_digest, segment=digest, partial=None, status=status))
-        return segment, self._last_boundary()
+        return segment
 
-    def pause(self, position: Position, checkpoint: bytes) -> None:
-        """Leave the run inside a segment, with the state after its last step in `checkpoint`."""
+    def pause(self, position: Position) -> None:
+        """Leave the run inside a segment, with the state after its last step in the store."""
         partial = Partial(
             index=position.index,
             first_step=position.first_step,
-            checkpoint=checkpoint,
+            state=position.poststate,
             steps=position.steps,
             receipts=position.receipts,
         )

@@ -17,7 +17,7 @@ from runtime.recipe import Recipe, parse_recipe
 from runtime.segments import History, run_names
 from runtime.transition import StateView, assemble, crew_names, initialise, restore
 from runtime.worker import StageWorker, worker_builder
-from storage.objects import MemoryStore, Store
+from storage.store import Store, memory_store
 
 TINY = """
 name = "tiny"
@@ -51,7 +51,7 @@ TEXT = "In the beginning was the word, and every word was eight bits long. " * 2
 @cache
 def tiny_program(steps: int = 5) -> bytes:
     """The encoded TrainingProgram of the tiny recipe, built once: a GPT of two layers with tied embeddings."""
-    return _build(MemoryStore(), tiny_recipe(steps))
+    return _build(memory_store(), tiny_recipe(steps))
 
 
 def tiny_recipe(steps: int = 5) -> Recipe:

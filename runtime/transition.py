@@ -16,9 +16,9 @@ from runtime.plan import Plan
 from runtime.program.training import TrainingProgram
 from runtime.shards import GRADIENT, WEIGHT, Layout, make_layout, tensor_entries
 from storage import merkle
-from storage.checkpoints import state_root
 from storage.codec import encode
 from storage.errors import FailureError
+from storage.manifest import state_root
 from storage.records import StepRecord
 
 
@@ -91,27 +91,44 @@ def crew_names(crew: Crew) -> dict[str, tuple[str, int]]:
     return {f"{key}/{name}": (key, tensor) for key in crew.keys for tensor, name in enumerate(crew.layout.names)}
 
 
-class StateView(Mapping[str, np.ndarray]):
-    """The state that a crew holds, one tensor fetched at a time: what a checkpoint is saved from."""
+class StateParts(Mapping[str, list[np.ndarray]]):
+    """The state that a crew holds: each tensor's chunks in order, flat, which the next step may overwrite."""
 
     def __init__(self, crew: Crew) -> None:
         self._crew = crew
         self._names = crew_names(crew)
+        self.shapes = {name: crew.layout.shapes[tensor] for name, (_, tensor) in self._names.items()}
 
-    def __getitem__(self, name: str) -> np.ndarray:
+    def __getitem__(self, name: str) -> list[np.ndarray]:
         key, tensor = self._names[name]
         layout, group = self._crew.layout, self._crew.group
         owners = {layout.owners[chunk] for chunk in layout.chunks(tensor)}
         parts: dict[int, np.ndarray] = {}
         for found in group.get([group.call(worker, "fetch", key, tensor) for worker in sorted(owners)]):
             parts |= found
-        return np.concatenate([parts[part] for part in sorted(parts)]).reshape(layout.shapes[tensor])
+        return [parts[part] for part in sorted(parts)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class StateView(Mapping[str, np.ndarray]):
+    """The state that a crew holds, one tensor copied at a time."""
+
+    def __init__(self, crew: Crew) -> None:
+        self._parts = StateParts(crew)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.concatenate(self._parts[name]).reshape(self._parts.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
 
 
 # ------------------------------------------------------------------------------------------------------------- step

@@ -7,6 +7,7 @@ wire format; `docs/formats.md` has the byte tables:
     bool                        u8, 0 or 1
     U8 U32 U64 I64              little-endian integer
     Digest, Address             32 raw bytes, 20 raw bytes; Annotated[bytes, n]: n
+    Link, State                 a Digest that names an object; one that is the state root of a checkpoint
     str, bytes                  u32 length, then the bytes (UTF-8)
     tuple[X, ...]               u32 count, then the items
     X | None                    u8 0, or u8 1 and X
@@ -18,7 +19,7 @@ have equal digests. Kinds: 1-31 storage, 32-127 runtime, 128-191 verification an
 import dataclasses
 import struct
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from typing import (
     Annotated,
@@ -42,10 +43,18 @@ U32 = Annotated[int, "<I"]
 U64 = Annotated[int, "<Q"]
 I64 = Annotated[int, "<q"]
 Digest = Annotated[bytes, 32]
+Link = Annotated[bytes, 32, "object"]
+State = Annotated[bytes, 32, "state"]
 Address = Annotated[bytes, 20]
 
+NO_DIGEST = bytes(32)
+"""What a Link holds that leads nowhere."""
+
 _KINDS: dict[int, str] = {}
+_RECORDS: dict[bytes, type] = {}
 _CODERS: dict[type, "_Coder"] = {}
+_NO_VERSION = 9
+"""Records have lower versions. No text has such a second byte, nor has Arrow."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -57,7 +66,9 @@ def record(*, kind: int, version: int = 1) -> Callable[[type[T]], type[T]]:
         if _KINDS.setdefault(kind, name) != name:
             raise ValueError(f"record {name}: expected an unused kind, got {kind} of {_KINDS[kind]}; choose another")
         made = cls if "__dataclass_fields__" in vars(cls) else dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-        made.__record_header__ = bytes((kind, version))  # type: ignore[attr-defined]
+        header = bytes((kind, version))
+        made.__record_header__ = header  # type: ignore[attr-defined]
+        _RECORDS[header] = made
         return made
 
     return decorate
@@ -85,6 +96,50 @@ def decode(cls: type[T], data: bytes) -> T:
         name = sha256(data).hexdigest()
         raise IntegrityError(f"decoding {cls.__name__} {name}: {error}; fetch the object again", digest=name) from error
     return cast(T, value)
+
+
+def record_in(data: bytes) -> object | None:
+    """The record that an object's bytes are, None where they are something else.
+
+    IntegrityError for what begins like a record of a kind or version that nobody here knows: it may have links.
+    """
+    cls = _RECORDS.get(data[:2])
+    if cls is not None:
+        try:
+            return cast(object, decode(cls, data))
+        except IntegrityError:
+            return None
+    if len(data) >= 2 and 0 < data[0] < 192 and 0 < data[1] < _NO_VERSION:
+        name = sha256(data).hexdigest()
+        raise IntegrityError(
+            f"object {name}: expected a record that this Trueweight knows, got kind {data[0]} version {data[1]}; use a "
+            f"newer Trueweight",
+            digest=name,
+        )
+    return None
+
+
+def links(value: object) -> Iterator[tuple[str, bytes]]:
+    """("object" or "state", digest) for everything that a record names by a Link or State, records inside included."""
+    hints = get_type_hints(type(value), include_extras=True)
+    for field in dataclasses.fields(cast(Any, value)):
+        yield from _links(hints[field.name], getattr(value, field.name))
+
+
+def _links(hint: Any, value: Any) -> Iterator[tuple[str, bytes]]:
+    origin, args = get_origin(hint), get_args(hint)
+    if value is None:
+        return
+    if origin is Annotated and len(args) == 3:
+        if value != NO_DIGEST:
+            yield args[2], value
+    elif origin is tuple:
+        for item in value:
+            yield from _links(args[0], item)
+    elif origin in (Union, types.UnionType):
+        yield from _links(args[0], value)
+    elif isinstance(hint, type) and "__record_header__" in vars(hint):
+        yield from links(value)
 
 
 def record_digest(value: object) -> bytes:

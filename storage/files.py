@@ -19,13 +19,21 @@ _REMEDIES = {
 }
 
 
-def write_whole(path: Path, data: bytes, *, mode: int = 0o666, exclusive: bool = False) -> None:
+def write_whole(
+    path: Path,
+    data: bytes | bytearray | memoryview,
+    *,
+    mode: int = 0o666,
+    exclusive: bool = False,
+    beside: Path | None = None,
+) -> None:
     """`path` holds `data` durably when this returns, and what it held before when this raises.
 
-    Temporary file in the same folder, fsync, rename, fsync of the folder. Raises FailureError naming the path where the
-    operating system refuses (disk full, no access); with `exclusive`, FileExistsError where `path` exists.
+    Temporary file in the same folder, or in `beside` on the same disk, fsync, rename, fsync of the folder. Raises
+    FailureError naming the path where the operating system refuses (disk full, no access); with `exclusive`,
+    FileExistsError where `path` exists.
     """
-    temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
+    temporary = (beside or path.parent) / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
     try:
         try:
             _write_synced(temporary, data, mode)
@@ -69,7 +77,7 @@ def file_failure(doing: str, path: Path, error: OSError) -> FailureError:
     return FailureError(f"{doing} {path}: {error.strerror or error}; {remedy}")
 
 
-def _write_synced(path: Path, data: bytes, mode: int) -> None:
+def _write_synced(path: Path, data: bytes | bytearray | memoryview, mode: int) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         rest = memoryview(data)

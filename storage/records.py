@@ -1,35 +1,32 @@
 """The records of a run. Each is encoded by `storage.codec`; byte tables in docs/formats.md.
 
     RunRecord <- SegmentRecord -> previous SegmentRecord ...      linked by digests, newest first from Head
-                 SegmentRecord -> RecordList of StepRecords, RecordList of Receipts, Checkpoint of the poststate
+                 SegmentRecord -> RecordList of StepRecords, RecordList of Receipts, checkpoint of the poststate
 
-"Digest" fields that point to an object hold SHA-256 of its bytes; "root" fields hold Merkle roots (`storage.merkle`).
+A Link is the SHA-256 of an object's bytes; roots are Merkle roots (`storage.merkle`), and a State is the root under
+which its checkpoint is found (`storage.checkpoints`). What a record names so, it keeps: `storage.reachable` follows.
 """
 
 import dataclasses
 
-from storage.codec import I64, U32, U64, Address, Digest, record
+from storage.codec import I64, U32, U64, Address, Digest, Link, State, record
 from storage.merkle import EMPTY_ROOT
-
-NO_DIGEST = bytes(32)
-"""What `SegmentRecord.previous` holds in the first segment."""
 
 LOSS_BITS = 44
 """Losses are integers on the grid of 2**-44 (docs/arithmetic.md, gradients and losses)."""
 
 
-@record(kind=1)
+@record(kind=1, version=2)
 class RunRecord:
     """Everything that fixes a run's bits, and the state it starts from."""
 
     name: str
-    recipe: Digest
-    programs: Digest
+    recipe: Link
+    programs: Link
     program_root: Digest
-    data: Digest
+    data: Link
     engine: str
-    initial_state: Digest
-    initial_checkpoint: Digest
+    initial_state: State
     version: str
 
 
@@ -73,12 +70,12 @@ class Receipt:
             raise ValueError(f"receipt of {self.worker}: expected a signature of 65 bytes, got {len(self.signature)}")
 
 
-@record(kind=4)
+@record(kind=4, version=2)
 class SegmentRecord:
     """A run of steps between two states. `prestate` equals the previous segment's `poststate`.
 
-    `previous` is the digest of the previous SegmentRecord, `NO_DIGEST` in the first; `checkpoint` is the Checkpoint of
-    the poststate; `steps_object` and `receipts_object` are the RecordLists of `steps_root` and `receipts_root`.
+    `previous` is the digest of the previous SegmentRecord, `NO_DIGEST` in the first; `steps_object` and
+    `receipts_object` are the RecordLists of `steps_root` and `receipts_root`.
     """
 
     run: Digest
@@ -86,13 +83,12 @@ class SegmentRecord:
     first_step: U64
     steps: U32
     prestate: Digest
-    poststate: Digest
+    poststate: State
     steps_root: Digest
     receipts_root: Digest
-    previous: Digest
-    checkpoint: Digest
-    steps_object: Digest
-    receipts_object: Digest
+    previous: Link
+    steps_object: Link
+    receipts_object: Link
 
 
 @record(kind=5)
@@ -112,42 +108,32 @@ class TensorEntry:
     root: Digest
 
 
-@record(kind=7)
-class TensorFrames:
-    """A tensor and the objects that hold its bytes: frames of 1 MiB, the last one shorter."""
-
-    entry: TensorEntry
-    frames: tuple[Digest, ...]
-
-
-@record(kind=8)
-class Checkpoint:
-    """Manifest of a whole state after `step` steps; tensors sorted by name, no name twice."""
-
-    step: U64
-    state_root: Digest
-    tensors: tuple[TensorFrames, ...]
-
-
 @record(kind=9)
 class Head:
     """The one mutable value of a run: its newest segment and, where it was stopped inside one, the partial segment."""
 
-    run: Digest
-    segment: Digest | None
-    partial: Digest | None
+    run: Link
+    segment: Link | None
+    partial: Link | None
     status: str
 
 
-@record(kind=10)
+@record(kind=10, version=2)
 class Partial:
-    """An unfinished segment: the encoded StepRecords and Receipts so far and the Checkpoint to go on from."""
+    """An unfinished segment: the encoded StepRecords and Receipts so far and the state to go on from."""
 
     index: U32
     first_step: U64
-    checkpoint: Digest
+    state: State
     steps: tuple[bytes, ...]
     receipts: tuple[bytes, ...]
+
+
+@record(kind=11)
+class Pin:
+    """The value of a reference that keeps one state."""
+
+    state: State
 
 
 def facts_free(step: StepRecord) -> StepRecord:

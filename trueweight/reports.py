@@ -7,8 +7,8 @@ from typing import Any
 from runtime.segments import History, run_names
 from storage.codec import decode
 from storage.errors import FailureError
-from storage.objects import Store
 from storage.records import Receipt, SegmentRecord, StepRecord
+from storage.store import Store
 from trueweight.journal import mean_loss, validation_accuracy, validation_loss
 from verification.audit import AuditReport, Diverged, Inconclusive, Match, Verdict
 from verification.sampling import miss_probability
@@ -74,7 +74,6 @@ def _segment_report(history: History, segment: SegmentRecord) -> dict[str, Any]:
         "poststate": segment.poststate.hex(),
         "steps_root": segment.steps_root.hex(),
         "receipts_root": segment.receipts_root.hex(),
-        "checkpoint": segment.checkpoint.hex(),
         "first_loss": mean_loss(steps[0]),
         "last_loss": mean_loss(steps[-1]),
         "events": [event for record in steps for event in record.events],

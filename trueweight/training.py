@@ -11,7 +11,7 @@ from runtime.groups import WorkerGroup
 from runtime.plan import Plan
 from runtime.segments import FINISHED, History, run_names
 from storage.errors import TrueweightError
-from storage.objects import Store
+from storage.store import Store
 from trueweight import wiring
 from trueweight.console import print_json, say, tell_from_signal
 from trueweight.interrupts import StopRequest

@@ -14,7 +14,8 @@ from runtime.program.training import TrainingProgram
 from runtime.recipe import FactoryConfig, Recipe, decode_recipe
 from runtime.segments import History, free_name, head_name, taken
 from storage.errors import UsageError
-from storage.objects import LocalStore, Store, open_store
+from storage.local import LocalObjects
+from storage.store import Store, open_store
 from trueweight.locks import Lock
 
 KEYS = "~/.trueweight/keys"
@@ -30,7 +31,7 @@ def open_folder(folder: str, *, create: bool) -> Store:
 
 def run_folder(store: Store, name: str) -> Path | None:
     """Where a run's diary is kept, None for a store without a folder."""
-    return store.path / "runs" / name if isinstance(store, LocalStore) else None
+    return store.objects.path / "runs" / name if isinstance(store.objects, LocalObjects) else None
 
 
 def choose_name(store: Store, name: str | None, *, default: str) -> str:

@@ -10,12 +10,11 @@ from dataclasses import dataclass, fields, replace
 from runtime.segments import History
 from runtime.worker import StepFault
 from storage import merkle
-from storage.checkpoints import open_checkpoint
 from storage.codec import decode
 from storage.errors import TrueweightError, UsageError
 from storage.identity import receipt_signer_ok
-from storage.objects import Store
 from storage.records import Receipt, SegmentRecord, StepRecord, facts_free
+from storage.store import Store
 from verification.replay import Replay
 
 FACTS = ("step", "data", "units", "loss", "gradient_root", "state_root", "validation")
@@ -225,12 +224,9 @@ class _Segment:
             found = _differs("run/initial_state", initial, run.initial_state)
             return found or _differs(f"{self.path}/prestate", initial, segment.prestate)
         before = self.segments[self.index - 1]
-        stored = open_checkpoint(self.history.store, before.checkpoint).state_root
-        found = _differs(f"{self.path}/prestate", before.poststate, segment.prestate) or _differs(
-            f"segment {before.index}/checkpoint", before.poststate, stored
-        )
+        found = _differs(f"{self.path}/prestate", before.poststate, segment.prestate)
         if found is None:
-            self.replay.load(before.checkpoint)
+            self.replay.load(before.poststate)
         return found
 
     def _steps(self, steps: Sequence[StepRecord]) -> Diverged | None:

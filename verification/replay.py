@@ -15,8 +15,8 @@ from runtime.recipe import decode_recipe
 from runtime.transition import Crew, assemble, initialise, restore, train_step
 from runtime.worker import worker_builder
 from storage.checkpoints import load_state
-from storage.objects import ObjectStore
 from storage.records import RunRecord, StepRecord
+from storage.store import Store
 
 Build = Callable[[bytes], object]
 
@@ -27,7 +27,7 @@ class Replay:
     Raises MissingObject or IntegrityError naming an object that the store lacks or that is damaged.
     """
 
-    def __init__(self, store: ObjectStore, run: RunRecord, *, threads: int = 1, build: Build | None = None) -> None:
+    def __init__(self, store: Store, run: RunRecord, *, threads: int = 1, build: Build | None = None) -> None:
         self._store = store
         recipe = decode_recipe(store.get(run.recipe))
         self.feed = Feed(recipe=recipe, dataset=open_dataset(store, run.data))
@@ -48,9 +48,9 @@ class Replay:
         """The root of the initial state, which is computed and held from now on."""
         return initialise(self._crew)
 
-    def load(self, checkpoint: bytes) -> None:
-        """Hold the state of a stored checkpoint, with every frame and root of it checked."""
-        restore(self._crew, load_state(self._store, checkpoint))
+    def load(self, state: bytes) -> None:
+        """Hold the stored state of that root, with every frame of it checked."""
+        restore(self._crew, load_state(self._store, state))
 
     def step(self, step: int) -> StepRecord:
         """The record of one step, without events and receipts; the next state is held from now on."""

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,17 +18,19 @@ from runtime.version import VERSION
 from runtime.worker import StageWorker
 from storage import merkle
 from storage.checkpoints import load_state
-from storage.codec import decode, encode
+from storage.codec import NO_DIGEST, decode, encode
 from storage.errors import Conflict, FailureError, UsageError
 from storage.identity import receipt_signer_ok
-from storage.objects import MemoryStore
-from storage.records import NO_DIGEST, Receipt, facts_free
+from storage.objects import MemoryObjects
+from storage.records import Receipt, facts_free
+from storage.store import Store, memory_store
+from storage.testing import FaultyObjects
 
 
 @pytest.fixture(scope="module")
 def reference_run() -> tuple[Ended, History]:
     """The tiny job on one worker: what every other placement must equal."""
-    store = MemoryStore()
+    store = memory_store()
     ended = train(store, tiny_job(store))
     return ended, History.open(store, "tiny")
 
@@ -37,7 +40,7 @@ def facts(history: History) -> list[bytes]:
 
 
 def test_local_group_conforms() -> None:
-    check_worker_group(local_group(), tiny_job(MemoryStore()), tiny_program())
+    check_worker_group(local_group(), tiny_job(memory_store()), tiny_program())
 
 
 def test_history_is_chained(reference_run: tuple[Ended, History]) -> None:
@@ -66,7 +69,7 @@ def test_history_is_chained(reference_run: tuple[Ended, History]) -> None:
 def test_placement_changes_no_bit(
     reference_run: tuple[Ended, History], stages: int, replicas: int, shares: tuple[int, ...] | None, threads: int
 ) -> None:
-    store = MemoryStore()
+    store = memory_store()
     job = tiny_job(store)
     ended = train(store, job, plan=plan_for(job, stages=stages, replicas=replicas, shares=shares), threads=threads)
     assert ended == reference_run[0]
@@ -75,7 +78,7 @@ def test_placement_changes_no_bit(
 
 @pytest.mark.parametrize("step", [0, 1, 2, 3, 4])
 def test_interrupted_before_any_step_and_resumed_elsewhere(reference_run: tuple[Ended, History], step: int) -> None:
-    store = MemoryStore()
+    store = memory_store()
     job = tiny_job(store)
     stopped = train(store, job, stop_before=step)
     assert (stopped.status, stopped.step) == ("interrupted", step)
@@ -88,7 +91,7 @@ def test_interrupted_before_any_step_and_resumed_elsewhere(reference_run: tuple[
 
 
 def test_interrupted_twice_inside_one_segment(reference_run: tuple[Ended, History]) -> None:
-    store = MemoryStore()
+    store = memory_store()
     job = tiny_job(store)
     train(store, job, stop_before=1)
     assert train(store, job, stop_before=1).step == 1
@@ -96,28 +99,20 @@ def test_interrupted_twice_inside_one_segment(reference_run: tuple[Ended, Histor
 
 
 def test_events_tell_the_story() -> None:
-    store = MemoryStore()
+    store = memory_store()
     job = tiny_job(store)
     seen: list[Event] = []
     Controller(store=store, job=job, group=local_group(), plan=plan_for(job), observe=seen.append).run()
     kinds = [type(event) for event in seen]
-    assert kinds == [
-        Assembled,
-        Ready,
-        Stepped,
-        Stepped,
-        Committed,
-        Stepped,
-        Stepped,
-        Committed,
-        Stepped,
-        Committed,
-        Ended,
-    ]
+    others = [kind for kind in kinds if kind is not Committed]  # which come when their state is stored
+    assert others == [Assembled, Ready, *[Stepped] * 5, Ended]
+    assert [event.segment.index for event in seen if isinstance(event, Committed)] == [0, 1, 2]
+    assert kinds.index(Committed) >= 4
+    assert kinds[-2:] == [Committed, Ended]
 
 
 def test_receipts_are_signed_and_cover_every_unit(tmp_path: Path) -> None:
-    store = MemoryStore()
+    store = memory_store()
     job = tiny_job(store)
     train(store, job, plan=plan_for(job, stages=2, replicas=2, shares=(3, 1)), keys=str(tmp_path), stop_before=2)
     history = History.open(store, "tiny")
@@ -143,14 +138,14 @@ class FaultyWorker(StageWorker):
 
 
 def test_a_fault_names_step_and_place_and_leaves_the_last_checkpoint(reference_run: tuple[Ended, History]) -> None:
-    store = MemoryStore()
+    store = memory_store()
     job = tiny_job(store)
     with pytest.raises(FailureError, match=r"step 3, gradient of .*: gradient overflow at element 0"):
         train(store, job, group=workers_of(FaultyWorker))
     history = History.open(store, "tiny")
     assert history.head.status == "failed"
     assert [segment.index for segment in history.segments()] == [0]
-    assert load_state(store, history.position().checkpoint)
+    assert load_state(store, history.position().poststate)
     assert train(store, job) == reference_run[0]
 
 
@@ -164,48 +159,105 @@ class Exploding(StageWorker):
 
 
 def test_a_state_that_is_not_finite_is_never_committed() -> None:
-    store = MemoryStore()
+    store = memory_store()
     job = tiny_job(store)
     with pytest.raises(FailureError, match=r"step 3, update of .*: v became inf at element 5"):
         train(store, job, group=workers_of(Exploding))
     assert [segment.index for segment in History.open(store, "tiny").segments()] == [0]
 
 
-class FullStore(MemoryStore):
-    """Refuses every object after the first `room`."""
+class FullDisk:
+    """Refuses every write after the next `room`."""
 
     room = 10**9
 
-    def put(self, data: bytes) -> bytes:
-        if self.room <= 0:
-            raise FailureError("writing objects/aa: No space left on device; free space on that disk")
-        self.room -= 1
-        return super().put(data)
+    def __call__(self, method: str, key: str) -> None:
+        if method in ("create", "replace"):
+            self.room -= 1
+            if self.room < 0:
+                raise FailureError(f"writing {key}: No space left on device; free space on that disk")
 
 
-def test_a_full_disk_leaves_the_last_segment(reference_run: tuple[Ended, History]) -> None:
-    store = FullStore()
+@pytest.mark.parametrize("room", [0, 1, 2, 3, 4, 5, 7, 9])
+def test_a_full_disk_leaves_the_last_segment(reference_run: tuple[Ended, History], room: int) -> None:
+    disk = FullDisk()
+    store = Store(FaultyObjects(MemoryObjects(), before=disk))
     job = tiny_job(store)
     train(store, job, stop_before=2)
-    store.room = 40
+    disk.room = room
     with pytest.raises(FailureError, match="No space left"):
         train(store, job)
-    store.room = 10**9
-    assert [segment.index for segment in History.open(store, "tiny").segments()] == [0]
+    disk.room = 10**9
+    assert len(History.open(store, "tiny").segments()) == (2 if room == 9 else 1)
     assert train(store, job) == reference_run[0]
 
 
 def test_a_full_disk_at_the_start_leaves_no_run() -> None:
-    store = FullStore()
+    disk = FullDisk()
+    store = Store(FaultyObjects(MemoryObjects(), before=disk))
     job = tiny_job(store)
-    store.room = 3
+    disk.room = 3
     with pytest.raises(FailureError, match="No space left"):
         train(store, job)
     assert run_names(store) == []
 
 
+class SlowDisk:
+    """Holds every pack up until it is let go."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def __call__(self, method: str, key: str) -> None:
+        if method == "create" and key.startswith("packs/"):
+            assert self.go.wait(60)
+
+
+def test_training_goes_on_while_a_segment_is_stored(reference_run: tuple[Ended, History]) -> None:
+    disk = SlowDisk()
+    disk.go.set()
+    store = Store(FaultyObjects(MemoryObjects(), before=disk))
+    job = tiny_job(store)
+    train(store, job, stop_before=0)
+    disk.go.clear()
+    seen: list[Event] = []
+
+    def observe(event: Event) -> None:
+        seen.append(event)
+        if isinstance(event, Stepped) and event.record.step == 3:
+            assert not any(isinstance(one, Committed) for one in seen)
+            disk.go.set()  # before the second segment's state is copied the first one's is waited for
+
+    history = History.open(store, "tiny")
+    ended = Controller(
+        store=store, job=job, group=local_group(), plan=plan_for(job), history=history, observe=observe
+    ).run()
+    assert ended == reference_run[0]
+    assert [event.segment.index for event in seen if isinstance(event, Committed)] == [0, 1, 2]
+
+
+def test_a_fault_after_a_full_segment_still_commits_it() -> None:
+    disk = SlowDisk()
+    store = Store(FaultyObjects(MemoryObjects(), before=disk))
+    disk.go.set()
+    job = tiny_job(store)
+    train(store, job, stop_before=0)
+    disk.go.clear()
+
+    class Faulty(StageWorker):
+        def reduce(self, step: int, *bundles: object) -> object:  # type: ignore[override]
+            if step == 2:
+                disk.go.set()
+                raise FailureError("a host is gone; start another")
+            return super().reduce(step, *bundles)  # type: ignore[arg-type]
+
+    with pytest.raises(FailureError, match="a host is gone"):
+        train(store, job, group=workers_of(Faulty))
+    assert [segment.index for segment in History.open(store, "tiny").segments()] == [0]
+
+
 def test_two_controllers_of_one_run_cannot_overwrite_each_other() -> None:
-    store = MemoryStore()
+    store = memory_store()
     job = tiny_job(store)
     train(store, job, stop_before=1)
     slow = History.open(store, "tiny")
@@ -216,7 +268,7 @@ def test_two_controllers_of_one_run_cannot_overwrite_each_other() -> None:
 
 
 def test_names_of_runs() -> None:
-    store = MemoryStore()
+    store = memory_store()
     job = tiny_job(store)
     train(store, job, stop_before=0)
     assert free_name(store, "tiny") == "tiny-2"
@@ -232,7 +284,7 @@ def test_names_of_runs() -> None:
 def test_a_state_of_other_tensors_is_refused() -> None:
     from runtime.transition import assemble, restore
 
-    job = tiny_job(MemoryStore())
+    job = tiny_job(memory_store())
     crew = assemble(
         local_group(),
         plan=make_plan(blocks=len(job.program.blocks), micro_batches=4),
@@ -260,15 +312,15 @@ def test_version_is_the_projects() -> None:
 
 
 def test_job_is_the_same_whoever_prepares_it() -> None:
-    one, two = tiny_job(MemoryStore()), tiny_job(MemoryStore())
+    one, two = tiny_job(memory_store()), tiny_job(memory_store())
     assert isinstance(one, Job)
     assert (one.data, one.programs, one.program.root) == (two.data, two.programs, two.program.root)
 
 
 TRAIN = """
 from runtime.testing import tiny_job, train
-from storage.objects import MemoryStore
-store = MemoryStore()
+from storage.store import memory_store
+store = memory_store()
 print(train(store, tiny_job(store)).state_root.hex())
 """
 

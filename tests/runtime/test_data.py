@@ -14,7 +14,7 @@ from runtime import corpora, data, tokenisers
 from runtime.recipe import DataConfig, load_recipe
 from storage.codec import decode, encode
 from storage.errors import FailureError, IntegrityError, MissingObject, UsageError
-from storage.objects import MemoryStore
+from storage.store import Store, memory_store
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TEXT = "".join(f"{number}. Line {number} of a text, which is not long.\n" for number in range(200))
@@ -31,7 +31,7 @@ def text_config(**keys: object) -> DataConfig:
 
 
 def opened(config: DataConfig, folder: Path = Path()) -> data.Dataset:
-    store = MemoryStore()
+    store = memory_store()
     return data.open_dataset(store, data.prepare(config, store, folder=folder))
 
 
@@ -150,7 +150,7 @@ def test_windows_may_lie_in_several_shards(folder: Path, monkeypatch: pytest.Mon
 
 def test_progress_is_told(folder: Path) -> None:
     told: list[tuple[str, float]] = []
-    data.prepare(text_config(), MemoryStore(), folder=folder, progress=lambda what, share: told.append((what, share)))
+    data.prepare(text_config(), memory_store(), folder=folder, progress=lambda what, share: told.append((what, share)))
     assert told[0] == ("reading text", 0.0)
     assert told[-1] == ("data prepared", 1.0)
 
@@ -315,25 +315,25 @@ def test_file_that_is_no_tokeniser_is_refused(content: bytes) -> None:
 
 
 def test_missing_and_damaged_objects_are_named(folder: Path) -> None:
-    store = MemoryStore()
+    store = memory_store()
     root = data.prepare(text_config(), store, folder=folder)
     with pytest.raises(MissingObject):
         data.open_dataset(store, bytes(32))
     made = decode(data.DatasetRecord, store.get(root))
-    bare = MemoryStore()
+    bare = memory_store()
     bare.put(encode(made))
     with pytest.raises(MissingObject) as caught:
         data.open_dataset(bare, root).batch(1, 0, 1)
     assert caught.value.digest == made.training[0].object.hex()
 
 
-def forged(store: MemoryStore, made: data.DatasetRecord, **changes: object) -> bytes:
+def forged(store: Store, made: data.DatasetRecord, **changes: object) -> bytes:
     fields = {name: getattr(made, name) for name in made.__dataclass_fields__}  # type: ignore[attr-defined]
     return store.put(encode(data.DatasetRecord(**{**fields, **changes})))
 
 
 def test_record_that_promises_something_else_is_refused(folder: Path) -> None:
-    store = MemoryStore()
+    store = memory_store()
     made = decode(data.DatasetRecord, store.get(data.prepare(text_config(), store, folder=folder)))
     with pytest.raises(UsageError, match="expected order 'windows-1' of tokens or images, got 'windows-9'"):
         data.open_dataset(store, forged(store, made, order="windows-9"))

@@ -10,7 +10,7 @@ from runtime.actors.group import RayGroup, WorkerActor, cpus_each
 from runtime.segments import History
 from runtime.testing import check_worker_group, plan_for, tiny_job, tiny_program, train
 from storage.errors import FailureError, UsageError
-from storage.objects import MemoryStore
+from storage.store import memory_store
 
 pytestmark = pytest.mark.ray
 
@@ -51,12 +51,12 @@ class DyingActor(WorkerActor):
 
 
 def test_ray_group_conforms(cluster: Cluster) -> None:
-    check_worker_group(RayGroup(cpus=cluster.cpus), tiny_job(MemoryStore()), tiny_program())
+    check_worker_group(RayGroup(cpus=cluster.cpus), tiny_job(memory_store()), tiny_program())
 
 
 def test_ray_gives_the_same_root_as_this_process(cluster: Cluster, tmp_path: Path) -> None:
     assert cluster.started
-    here, there = MemoryStore(), MemoryStore()
+    here, there = memory_store(), memory_store()
     ended = train(here, tiny_job(here))
     job = tiny_job(there)
     plan = plan_for(job, stages=2, replicas=2, shares=(3, 1))
@@ -73,7 +73,7 @@ def test_another_version_is_refused_by_name(cluster: Cluster) -> None:
 
 
 def test_a_workers_error_comes_out_as_it_was(cluster: Cluster) -> None:
-    store = MemoryStore()
+    store = memory_store()
     job = tiny_job(store)
     group = RayGroup(cpus=cluster.cpus, actor=FailingActor)
     with pytest.raises(FailureError, match="step 2: operator 5") as caught:
@@ -83,11 +83,11 @@ def test_a_workers_error_comes_out_as_it_was(cluster: Cluster) -> None:
 
 
 def test_a_lost_worker_is_a_failure_and_the_run_can_go_on(cluster: Cluster) -> None:
-    store = MemoryStore()
+    store = memory_store()
     job = tiny_job(store)
     with pytest.raises(FailureError, match="a worker was lost"):
         train(store, job, group=RayGroup(cpus=cluster.cpus, actor=DyingActor), plan=plan_for(job, replicas=2))
-    other = MemoryStore()
+    other = memory_store()
     assert train(store, job) == train(other, tiny_job(other))
 
 

@@ -14,8 +14,9 @@ from storage.checkpoints import load_state, open_checkpoint, save_state
 from storage.codec import decode, encode
 from storage.errors import UsageError
 from storage.identity import Identity, sign_receipt
-from storage.objects import MemoryStore
+from storage.objects import MemoryObjects
 from storage.records import Receipt, StepRecord
+from storage.store import CHECKPOINTS, OBJECTS, PACKS, Store, hashed_key, memory_store
 from verification.audit import AuditReport, Diverged, Inconclusive, Match, audit, overall
 from verification.replay import Replay
 from verification.sampling import miss_probability, sample
@@ -23,32 +24,32 @@ from verification.sampling import miss_probability, sample
 EVERY = lambda history, total: range(total)  # noqa: E731
 
 
-def audited(store: MemoryStore, *indices: int, name: str = "tiny") -> AuditReport:
+def audited(store: Store, *indices: int, name: str = "tiny") -> AuditReport:
     choose = (lambda history, total: indices) if indices else EVERY
     return audit(store, name, choose, replay=lambda history: Replay(store, history.run, threads=1))
 
 
 @pytest.fixture
-def honest() -> MemoryStore:
+def honest() -> Store:
     """A copy of an honest run's store."""
-    store = MemoryStore()
-    store._objects.update(_honest()._objects)
-    store._references.update(_honest()._references)
-    return store
+    copy, source = MemoryObjects(), _honest().objects
+    for found in source.list(""):
+        copy.create(found.key, source.read(found.key) or b"")
+    return Store(copy)
 
 
-_CACHE: list[MemoryStore] = []
+_CACHE: list[Store] = []
 
 
-def _honest() -> MemoryStore:
+def _honest() -> Store:
     if not _CACHE:
-        store = MemoryStore()
+        store = memory_store()
         train(store, tiny_job(store))
         _CACHE.append(store)
     return _CACHE[0]
 
 
-def test_an_honest_run_matches(honest: MemoryStore) -> None:
+def test_an_honest_run_matches(honest: Store) -> None:
     report = audited(honest)
     assert report.verdict == Match()
     assert [segment.steps for segment in report.segments] == [2, 2, 1]
@@ -56,7 +57,7 @@ def test_an_honest_run_matches(honest: MemoryStore) -> None:
 
 
 def test_a_resumed_run_on_other_workers_matches() -> None:
-    store = MemoryStore()
+    store = memory_store()
     job = tiny_job(store)
     train(store, job, stop_before=1, plan=plan_for(job, stages=2, replicas=2))
     train(store, job, stop_before=4)
@@ -121,7 +122,7 @@ class OtherBatch(Feed):
     [(OtherRate, "state_root"), (Skipping, "state_root"), (LessWork, "state_root"), (OtherInputs, "loss")],
 )
 def test_a_cheating_worker_diverges_at_its_step(kind: type[StageWorker], field: str) -> None:
-    store = MemoryStore()
+    store = memory_store()
     job = tiny_job(store)
     train(store, job, group=workers_of(kind), plan=plan_for(job, stages=2, replicas=2))
     report = audited(store)
@@ -133,7 +134,7 @@ def test_a_cheating_worker_diverges_at_its_step(kind: type[StageWorker], field: 
 
 
 def test_another_batch_diverges_at_its_step() -> None:
-    store = MemoryStore()
+    store = memory_store()
     job = tiny_job(store)
     feed = OtherBatch(recipe=job.feed.recipe, dataset=job.feed.dataset)
     train(store, dataclasses.replace(job, feed=feed))
@@ -146,7 +147,7 @@ def test_another_batch_diverges_at_its_step() -> None:
 Edit = Callable[[StepRecord], StepRecord]
 
 
-def rewritten(store: MemoryStore, edit: Edit, *, poststate: bytes | None = None) -> History:
+def rewritten(store: Store, edit: Edit, *, poststate: bytes | None = None) -> History:
     """A second run in the store with the honest one's objects and records, step 3 edited, all hashed again."""
     honest = History.open(store, "tiny")
     made = History.start(store, dataclasses.replace(honest.run, name="edited"))
@@ -159,12 +160,11 @@ def rewritten(store: MemoryStore, edit: Edit, *, poststate: bytes | None = None)
             first_step=segment.first_step,
             prestate=prestate,
             poststate=segment.poststate,
-            checkpoint=segment.checkpoint,
             steps=tuple(encode(record) for record in records),
         )
         if poststate is not None and segment.index == 1:
             position = dataclasses.replace(position, poststate=poststate)
-        prestate = made.commit(position, segment.checkpoint, "running")[0].poststate
+        prestate = made.commit(position, "running").poststate
     return made
 
 
@@ -185,7 +185,7 @@ EDITS: dict[str, Edit] = {
 
 
 @pytest.mark.parametrize("field", EDITS)
-def test_every_edited_field_is_found(honest: MemoryStore, field: str) -> None:
+def test_every_edited_field_is_found(honest: Store, field: str) -> None:
     rewritten(honest, EDITS[field])
     verdict = audited(honest, 1, name="edited").verdict
     assert isinstance(verdict, Diverged)
@@ -193,15 +193,15 @@ def test_every_edited_field_is_found(honest: MemoryStore, field: str) -> None:
     assert verdict.path == expected
 
 
-def test_an_edited_poststate_is_found_from_both_sides(honest: MemoryStore) -> None:
+def test_an_edited_poststate_is_found_and_cannot_be_gone_on_from(honest: Store) -> None:
     rewritten(honest, lambda record: record, poststate=bytes(32))
     assert isinstance(found := audited(honest, 1, name="edited").verdict, Diverged)
     assert found.path == "segment 1/poststate"
-    assert isinstance(found := audited(honest, 2, name="edited").verdict, Diverged)
-    assert found.path == "segment 1/checkpoint"
+    assert isinstance(found := audited(honest, 2, name="edited").verdict, Inconclusive)
+    assert f"checkpoint {bytes(32).hex()} is missing" in found.reason
 
 
-def test_another_initial_state_is_found(honest: MemoryStore) -> None:
+def test_another_initial_state_is_found(honest: Store) -> None:
     store = honest
     run = dataclasses.replace(History.open(store, "tiny").run, name="other", initial_state=bytes(32))
     history = History.start(store, run)
@@ -212,15 +212,14 @@ def test_another_initial_state_is_found(honest: MemoryStore) -> None:
         first_step=0,
         prestate=bytes(32),
         poststate=first.poststate,
-        checkpoint=first.checkpoint,
         steps=source.items(first.steps_object),
     )
-    history.commit(position, first.checkpoint, "running")
+    history.commit(position, "running")
     assert isinstance(found := audited(store, name="other").verdict, Diverged)
     assert found.path == "run/initial_state"
 
 
-def test_another_program_root_is_found(honest: MemoryStore) -> None:
+def test_another_program_root_is_found(honest: Store) -> None:
     run = dataclasses.replace(History.open(honest, "tiny").run, name="other", program_root=bytes(32))
     History.start(honest, run)
     assert isinstance(found := audited(honest, name="other").verdict, Diverged)
@@ -228,7 +227,7 @@ def test_another_program_root_is_found(honest: MemoryStore) -> None:
 
 
 def test_a_receipt_that_its_worker_did_not_sign_is_found(tmp_path: object) -> None:
-    store = MemoryStore()
+    store = memory_store()
     job = tiny_job(store)
     train(store, job, keys=str(tmp_path), stop_before=2)
     assert audited(store).segments[0].receipts == 2
@@ -245,11 +244,10 @@ def test_a_receipt_that_its_worker_did_not_sign_is_found(tmp_path: object) -> No
         first_step=0,
         prestate=segment.prestate,
         poststate=segment.poststate,
-        checkpoint=segment.checkpoint,
         steps=history.items(segment.steps_object),
         receipts=items,
     )
-    made.commit(position, segment.checkpoint, "running")
+    made.commit(position, "running")
     assert isinstance(found := audited(store, name="forged").verdict, Diverged)
     assert found.path == "segment 0/step 0/receipt of s0r0"
 
@@ -257,14 +255,14 @@ def test_a_receipt_that_its_worker_did_not_sign_is_found(tmp_path: object) -> No
 # --------------------------------------------------------------------------------------------------- what is not there
 
 
-def needed(store: MemoryStore) -> dict[str, bytes]:
-    """The objects that an audit of segment 1 reads, by what they are."""
+def needed(store: Store) -> dict[str, tuple[str, bytes]]:
+    """(key, what an error has to name) of the files that an audit of segment 1 reads, by what they are."""
     history = History.open(store, "tiny")
     first, second, _ = history.segments()
-    checkpoint = open_checkpoint(store, first.checkpoint)
+    (pack,) = open_checkpoint(store, first.poststate).manifest.packs
     dataset = tiny_job(store).feed.dataset.record
     assert history.head.segment is not None
-    return {
+    objects = {
         "run": history.run_digest,
         "recipe": history.run.recipe,
         "programs": history.run.programs,
@@ -273,9 +271,10 @@ def needed(store: MemoryStore) -> dict[str, bytes]:
         "segment": history.head.segment,
         "steps": second.steps_object,
         "receipts": second.receipts_object,
-        "checkpoint": first.checkpoint,
-        "frame": checkpoint.tensors[-1].frames[0],
     }
+    files = {kind: (hashed_key(OBJECTS, digest), digest) for kind, digest in objects.items()}
+    files["checkpoint"] = CHECKPOINTS + first.poststate.hex(), first.poststate
+    return {**files, "frame": (hashed_key(PACKS, pack), pack)}
 
 
 KINDS = ("run", "recipe", "programs", "data", "shard", "segment", "steps", "receipts", "checkpoint", "frame")
@@ -283,19 +282,21 @@ KINDS = ("run", "recipe", "programs", "data", "shard", "segment", "steps", "rece
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("harm", ["flip", "lose"])
-def test_a_damaged_object_is_named_and_accuses_nobody(honest: MemoryStore, kind: str, harm: str) -> None:
-    digest = needed(honest)[kind]
+def test_a_damaged_object_is_named_and_accuses_nobody(honest: Store, kind: str, harm: str) -> None:
+    key, digest = needed(honest)[kind]
     if harm == "flip":
-        data = honest._objects[digest]
-        honest._objects[digest] = data[:-1] + bytes([data[-1] ^ 1])
+        data = honest.objects.read(key)
+        assert data is not None
+        at = len(data) - 1 if kind != "frame" else 12
+        honest.objects.replace(key, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     else:
-        del honest._objects[digest]
+        honest.objects.delete(key)
     verdict = audited(honest, 1).verdict
     assert isinstance(verdict, Inconclusive)
     assert digest.hex() in verdict.reason
 
 
-def test_no_memory_is_inconclusive(honest: MemoryStore) -> None:
+def test_no_memory_is_inconclusive(honest: Store) -> None:
     def failing(config: bytes) -> object:
         raise MemoryError
 
@@ -304,20 +305,20 @@ def test_no_memory_is_inconclusive(honest: MemoryStore) -> None:
 
 
 def test_a_match_says_how_much_of_the_recipe_is_committed() -> None:
-    store = MemoryStore()
+    store = memory_store()
     train(store, tiny_job(store), stop_before=4)
     report = audited(store)
     assert (report.verdict, report.total, report.planned) == (Match(), 2, 3)
 
 
 def test_a_run_without_a_segment_is_inconclusive() -> None:
-    store = MemoryStore()
+    store = memory_store()
     train(store, tiny_job(store), stop_before=1, group=local_group())
     verdict = audited(store).verdict
     assert verdict == Inconclusive(reason="the run has not committed a segment yet")
 
 
-def test_an_unknown_run_is_a_usage_error(honest: MemoryStore) -> None:
+def test_an_unknown_run_is_a_usage_error(honest: Store) -> None:
     with pytest.raises(UsageError, match="run 'gone'"):
         audited(honest, name="gone")
 
@@ -348,16 +349,16 @@ def test_the_chance_of_missing_forged_segments() -> None:
 # ----------------------------------------------------------------------------------------------- records nobody trained
 
 
-def test_a_segment_beyond_the_recipe_diverges(honest: MemoryStore) -> None:
+def test_a_segment_beyond_the_recipe_diverges(honest: Store) -> None:
     history = History.open(honest, "tiny")
     position = history.position()
-    history.commit(position, position.checkpoint, "finished")
+    history.commit(position, "finished")
     verdict = audited(honest).verdict
     assert isinstance(verdict, Diverged)
     assert verdict.path == f"segment {position.index}/steps"
 
 
-def test_a_malformed_program_is_inconclusive(honest: MemoryStore) -> None:
+def test_a_malformed_program_is_inconclusive(honest: Store) -> None:
     history = History.open(honest, "tiny")
     file = decode(TrainingFile, honest.get(history.run.programs))
     record = decode(ProgramRecord, file.programs[0])
@@ -372,13 +373,13 @@ def test_a_malformed_program_is_inconclusive(honest: MemoryStore) -> None:
     assert "outputs (1000000,)" in verdict.reason
 
 
-def test_a_checkpoint_of_other_shapes_is_inconclusive(honest: MemoryStore) -> None:
+def test_a_checkpoint_of_other_shapes_is_inconclusive(honest: Store) -> None:
     history = History.open(honest, "tiny")
     first = history.segments()[0]
-    arrays = load_state(honest, first.checkpoint)
+    arrays = load_state(honest, first.poststate)
     name = next(name for name, array in arrays.items() if array.ndim == 2)
-    checkpoint, root = save_state(honest, 2, {**arrays, name: arrays[name].reshape(-1)})
-    segments = [dataclasses.replace(first, checkpoint=checkpoint, poststate=root)]
+    root = save_state(honest, {**arrays, name: arrays[name].reshape(-1)})
+    segments = [dataclasses.replace(first, poststate=root)]
     segments += [dataclasses.replace(history.segments()[1], prestate=root, previous=honest.put(encode(segments[0])))]
     head = dataclasses.replace(history.head, segment=honest.put(encode(segments[1])))
     honest.swap("runs/tiny", honest.read("runs/tiny"), encode(head))

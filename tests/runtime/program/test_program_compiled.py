@@ -30,7 +30,7 @@ from runtime.program.training import KindSpec, TrainingProgram
 from runtime.program.vectors import check, floats, load
 from runtime.recipe import parse_recipe
 from runtime.testing import local_group, tiny_job, tiny_program, train
-from storage.objects import MemoryStore
+from storage.store import memory_store
 
 TEXT, IMAGES = ((8,), 61, True), ((1, 8, 8), 10, False)
 FAMILIES = {
@@ -95,14 +95,14 @@ def test_a_run_on_other_instruction_sets(processor: str, isa: str) -> None:
     """Vectors and a whole run of the tiny recipe, in a process of its own with another processor's instructions."""
     code = (
         "from runtime.executors import compiled; from runtime.testing import local_group, tiny_job, train; "
-        "from storage.objects import MemoryStore; store = MemoryStore(); "
+        "from storage.store import memory_store; store = memory_store(); "
         "print(train(store, tiny_job(store), group=local_group(compiled), threads=2).state_root.hex())"
     )
     chosen = {"NUMBA_CPU_NAME": processor, "ONEDNN_MAX_CPU_ISA": isa, "ATEN_CPU_CAPABILITY": isa.lower()[:4]}
     environment = {**os.environ, **{k: v for k, v in chosen.items() if v}}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    store = MemoryStore()
+    store = memory_store()
     want = train(store, tiny_job(store)).state_root.hex()
     assert done.stdout.strip() == want, done.stdout + done.stderr
 
@@ -312,7 +312,7 @@ def test_an_operator_that_nobody_reads_still_faults(name: str) -> None:
 
 @pytest.mark.slow
 def test_fifty_steps_end_in_the_same_state() -> None:
-    here, there = MemoryStore(), MemoryStore()
+    here, there = memory_store(), memory_store()
     made = train(here, tiny_job(here, steps=50), group=local_group(compiled), threads=2)
     assert made.step == 50
     assert made == train(there, tiny_job(there, steps=50))
