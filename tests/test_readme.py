@@ -48,6 +48,8 @@ def test_a_documented_command_exists(page: str, program: str, arguments: list[st
         group = typer.main.get_command(app)
         command = group.commands[arguments[0]]  # type: ignore[attr-defined]
         given = [{"N": "1", "S": "1", "R": "1"}.get(a, a) for a in arguments[1:]]
+        while hasattr(command, "commands") and given and not given[0].startswith("-"):
+            command = command.commands[given.pop(0)]
         options = {name for parameter in command.params for name in parameter.opts}
         assert {a for a in given if a.startswith("--")} <= options | {"--help"}, page
         if given and "--help" not in given:

@@ -1,4 +1,4 @@
-"""The commands. Exit codes: 0 done; 1 diverged, 2 inconclusive (audit); 64 usage; 70 failure; 130 stopped by Ctrl-C."""
+"""The commands. Exit codes: 0 done; 1 diverged or damaged, 2 inconclusive; 64 usage; 70 failure; 130 Ctrl-C."""
 
 import secrets
 import sys
@@ -21,7 +21,7 @@ from runtime.recipe import load_recipe
 from runtime.segments import FINISHED, History
 from runtime.worker import worker_builder
 from storage.errors import FailureError, TrueweightError, UsageError
-from trueweight import reports, wiring
+from trueweight import reports, store_cli, wiring
 from trueweight.console import console_for, print_json, say, teller, writer
 from trueweight.locks import check_lock, read_lock, write_lock
 from trueweight.training import INTERRUPTED_EXIT, Training, report_end
@@ -38,9 +38,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.add_typer(store_cli.app, name="store")
+
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in TOML.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name; `trueweight runs` lists them.")]
-StoreFolder = Annotated[str, typer.Option("--store", metavar="DIR", help="The store's folder.")]
+StoreFolder = Annotated[str, typer.Option("--store", metavar="DIR", help="The store: a folder or a URL.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object; progress goes to stderr.")]
 Replicas = Annotated[int, typer.Option(help="Replicas of each stage.")]
 Stages = Annotated[int, typer.Option(help="Pipeline stages.")]
@@ -86,7 +88,10 @@ def run(
     make_plan(blocks=max(stages, 1), stages=stages, replicas=replicas, micro_batches=1, shares=parts)
     objects = wiring.open_folder(store, create=True)
     chosen = wiring.choose_name(objects, name, default=read.name)
-    with wiring.worker_group(local=local, address=address, executor=executor, tell=teller(console)) as group:
+    with (
+        objects.writing(f"run {chosen}"),
+        wiring.worker_group(local=local, address=address, executor=executor, tell=teller(console)) as group,
+    ):
         job = wiring.prepare_job(objects, read, name=chosen, folder=recipe.parent, tell=teller(console))
         if expected and lock:
             check_lock(expected, wiring.found_roots(job), lock)
@@ -285,7 +290,8 @@ def prepare(recipe: RecipePath, store: StoreFolder = ".trueweight", as_json: AsJ
     console = console_for(as_json)
     read = load_recipe(recipe)
     objects = wiring.open_folder(store, create=True)
-    job = wiring.prepare_job(objects, read, name=read.name, folder=recipe.parent, tell=teller(console))
+    with objects.writing(f"prepare {read.name}"):
+        job = wiring.prepare_job(objects, read, name=read.name, folder=recipe.parent, tell=teller(console))
     return print_json(wiring.found_roots(job)) if as_json else 0
 
 

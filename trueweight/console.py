@@ -40,5 +40,10 @@ def writer(console: Console) -> Callable[[str], None]:
 
 def print_json(value: dict[str, Any]) -> int:
     """Exit code 0, once the value is on stdout."""
-    print(json.dumps(value, indent=2))
+    print(as_json(value))
     return 0
+
+
+def as_json(value: dict[str, Any]) -> str:
+    """The value as people and programs read it."""
+    return json.dumps(value, indent=2)

@@ -15,7 +15,7 @@ from runtime.testing import TEXT, TINY, tiny_job
 from runtime.testing import train as run_job
 from runtime.worker import StageWorker
 from storage.errors import UsageError
-from storage.objects import LocalStore, MemoryStore
+from storage.store import memory_store, open_store
 from trueweight import cli, reports, training
 from trueweight.interrupts import StopRequest
 from trueweight.journal import Journal
@@ -118,7 +118,7 @@ def test_audit_exit_codes(
     assert "verdict: diverged\n  path: segment 1/step 3/state_root\n" in out
     assert cli.main(["audit", "tiny", "--segments", "1,7", *options]) == 64
 
-    history = History.open(LocalStore(store, create=False), "tiny")
+    history = History.open(open_store(str(store), create=False), "tiny")
     damaged = history.segments()[1].steps_object.hex()
     path = store / "objects" / damaged[:2] / damaged[2:]
     path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -174,7 +174,7 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_killed_at_a_step_and_resumed(
     recipe: Path, train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], step: int
 ) -> None:
-    here = MemoryStore()
+    here = memory_store()
     ended = run_job(here, tiny_job(here))
     fixed = ["--store", str(tmp_path / "store"), "--keys", str(tmp_path / "keys"), "--local"]
     code = DYING.format(step=step)
@@ -245,7 +245,7 @@ def test_prepare_trains_nothing(recipe: Path, tmp_path: Path, capsys: pytest.Cap
         (["run", "RECIPE", "--local", "--name", "a b"], "run name 'a b'"),
         (["run", "RECIPE", "--local", "--executor", "fast"], "executor 'fast': expected one of compiled, reference"),
         (["run", "RECIPE", "--local", "--store", "FOLDER"], "is not a store"),
-        (["run", "RECIPE", "--local", "--store", "s3://bucket"], "choose a local folder"),
+        (["run", "RECIPE", "--local", "--store", "nosuch://bucket"], "choose a folder or a URL"),
         (["resume", "gone"], "run 'gone': expected one of the store's runs (none)"),
         (["show", "gone"], "run 'gone'"),
         (["show", "gone", "--store", "absent"], "no store at absent"),

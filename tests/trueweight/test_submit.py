@@ -15,7 +15,7 @@ import pytest
 import requests
 
 from runtime.testing import TEXT, TINY, tiny_job, train
-from storage.objects import LocalStore, MemoryStore
+from storage.store import memory_store, open_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.e2e]
 
@@ -112,14 +112,14 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_a_submitted_recipe_gives_the_same_root(head: Head, recipe: Path, tmp_path: Path) -> None:
-    here = MemoryStore()
+    here = memory_store()
     ended = train(here, tiny_job(here))
     store = tmp_path / "store"
     done = submit(head, recipe, "--stages", "2", "--replicas", "2", "--store", str(store))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 workers" in done.stdout
     assert f"final state {ended.state_root.hex()}" in done.stdout
-    assert LocalStore(store, create=False).names("runs/") == ["runs/tiny"]
+    assert open_store(str(store), create=False).names("runs/") == ["runs/tiny"]
     assert re.search(r"job raysubmit_\w+ at", done.stdout)
 
 
