@@ -290,6 +290,7 @@ def prove_command(
         Path | None, typer.Option(metavar="FILE", help="Write the proof there instead of printing it.")
     ] = None,
     store: StoreFolder = ".trueweight",
+    as_json: AsJson = False,
 ) -> int:
     """Prove the value of one element: the value, its leaf and the path to the state root, as JSON.
 
@@ -308,6 +309,8 @@ def prove_command(
     if out is None:
         return print_json(proof)
     write_whole(out, (as_json_text(proof) + "\n").encode())
+    if as_json:
+        return print_json({"file": str(out), "value": proof["element"]["value"], "state_root": root.hex()})
     print(f"{out}: {tensor}{proof['element']['index']} is {proof['element']['value']}, below state {root.hex()}")
     return 0
 
