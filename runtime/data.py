@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from runtime import corpora, philox, tokenisers
 from runtime.recipe import DataConfig
-from storage.checkpoints import entry_for
 from storage.codec import U32, U64, Link, decode, encode, record
 from storage.errors import IntegrityError, UsageError
 from storage.manifest import state_root
 from storage.store import Store
+from storage.tensors import entry_for
 
 ORDER = "windows-1"
 SHARD_ITEMS = 1 << 22  # tokens or images in a shard

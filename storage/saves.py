@@ -5,9 +5,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from storage.checkpoints import WORKERS, Array, save_state
+from storage.checkpoints import WORKERS
 from storage.errors import FailureError
+from storage.saving import save_state
 from storage.store import Store
+from storage.tensors import Array
 
 
 class Saver:

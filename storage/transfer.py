@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 from storage import references
 from storage.checking import Finding, verify
-from storage.checkpoints import TRANSFERS, load_state, open_checkpoint, save_state
+from storage.checkpoints import TRANSFERS, load_state, open_checkpoint
 from storage.codec import decode, record_in
 from storage.errors import Conflict, FailureError, MissingObject, UsageError
 from storage.reachable import Reach, named_by, reachable
 from storage.records import Head, SegmentRecord
+from storage.saving import save_state
 from storage.store import CHECKPOINTS, OBJECTS, PACKS, Store, checked, digest_of, hashed_key, missing
 
 Advance = Callable[[str, int, int], None]

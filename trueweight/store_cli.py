@@ -14,13 +14,14 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from runtime.recipe import decode_recipe
 from runtime.segments import History, head_name, run_names
 from storage import checking, collection, proofs, transfer, usage
-from storage.checkpoints import Checkpoint, open_checkpoint, save_state
+from storage.checkpoints import Checkpoint, open_checkpoint
 from storage.codec import decode, encode
 from storage.errors import FailureError, UsageError
 from storage.files import write_whole
 from storage.objects import Found
 from storage.reachable import reachable
 from storage.records import Pin, SegmentRecord
+from storage.saving import save_state
 from storage.store import CHECKPOINTS, Store
 from trueweight import exports, huggingface, reports, tensor_files, wiring
 from trueweight.console import as_json as as_json_text

@@ -21,10 +21,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.checkpoints import Checkpoint, dtype_name
+from storage.checkpoints import Checkpoint
 from storage.errors import FailureError, UsageError
 from storage.files import TEMPORARY, file_failure, sync_folder
 from storage.manifest import DTYPES
+from storage.tensors import dtype_name
 
 Array = NDArray[Any]
 

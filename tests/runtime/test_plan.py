@@ -8,9 +8,9 @@ from runtime.plan import Plan, make_plan
 from runtime.program.training import CHUNK
 from runtime.shards import Chunk, Layout, tensor_entries
 from storage import merkle
-from storage.checkpoints import entry_for
 from storage.codec import decode, encode
 from storage.errors import FailureError, UsageError
+from storage.tensors import entry_for
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 6), st.integers(1, 20))

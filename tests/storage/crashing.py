@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from storage.checking import verify
-from storage.checkpoints import load_state, save_state
+from storage.checkpoints import load_state
 from storage.codec import decode, encode
 from storage.collection import collect
 from storage.records import Pin, RecordList
+from storage.saving import save_state
 from storage.store import Store, open_store
 
 CALLS = (

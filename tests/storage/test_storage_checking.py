@@ -9,12 +9,13 @@ import pytest
 
 from storage import merkle, proofs
 from storage.checking import LEAF_FOR_99, Finding, detection, verify, verify_sample
-from storage.checkpoints import load_state, open_checkpoint, save_state
+from storage.checkpoints import load_state, open_checkpoint
 from storage.codec import decode, encode, record_digest
 from storage.errors import Conflict, FailureError, UsageError
 from storage.objects import MemoryObjects
 from storage.proofs import FalseProof, check, prove, read_proof
 from storage.records import Pin, RecordList, SegmentRecord
+from storage.saving import save_state
 from storage.store import Store
 from storage.transfer import copy, repair
 

@@ -16,26 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 
-from storage import checkpoints, kernels, merkle
-from storage.checkpoints import (
-    DamagedFrame,
-    Piece,
-    canonical,
-    dtype_name,
-    entry_for,
-    join,
-    load_state,
-    open_checkpoint,
-    save_shard,
-    save_state,
-)
+from storage import kernels, merkle, saving
+from storage.checkpoints import DamagedFrame, load_state, open_checkpoint
 from storage.codec import encode
 from storage.errors import FailureError, IntegrityError, MissingObject, UsageError
 from storage.frames import FRAME_BYTES, PACK_HEADER, PLAIN, SHUFFLED
 from storage.manifest import DTYPES, state_root
 from storage.objects import MemoryObjects
 from storage.records import TensorEntry
+from storage.saving import Piece, join, save_shard, save_state
 from storage.store import CHECKPOINTS, PACKS, Store, hashed_key, memory_store, open_store
+from storage.tensors import canonical, dtype_name, entry_for
 from storage.testing import FaultyObjects
 
 Array = np.ndarray[Any, Any]
@@ -348,7 +339,7 @@ def test_root_is_that_of_the_tensors_whatever_sharding_packing_codec_and_store(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(checkpoints, "PACK_BYTES", pack_bytes)
+    monkeypatch.setattr(saving, "PACK_BYTES", pack_bytes)
     store = make(tmp_path)
     saved = [save_shard(store, pieces, compress=compress) for pieces in cut(STATE, shards)]
     root = join(store, saved)
@@ -480,7 +471,7 @@ def test_tensors_that_come_grow_or_go_keep_what_is_equal(store: Store) -> None:
 
 
 def test_same_state_makes_the_same_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "PACK_BYTES", 1 << 12)
+    monkeypatch.setattr(saving, "PACK_BYTES", 1 << 12)
     stores = [memory_store() for _ in range(3)]
     for one in stores:
         save_state(one, STATE)
@@ -800,7 +791,7 @@ def failing(folder: str, after: int, method: str = "create") -> FaultyObjects:
 
 @pytest.mark.parametrize("after", [0, 1, 3, 5])
 def test_error_of_the_store_ends_the_save_and_its_threads(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "PACK_BYTES", 1 << 19)
+    monkeypatch.setattr(saving, "PACK_BYTES", 1 << 19)
     objects = failing(PACKS, after)
     store, running = Store(objects), set(threading.enumerate())
     state: State = {"x": np.tile(BIG, 4), "y": BIG}
@@ -823,7 +814,7 @@ def test_error_of_the_last_write_leaves_no_checkpoint() -> None:
 
 
 def test_error_of_a_read_ends_the_load_and_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "PACK_BYTES", 1 << 19)
+    monkeypatch.setattr(saving, "PACK_BYTES", 1 << 19)
     objects = failing(PACKS, 2, "read")
     store = Store(objects)
     root = save_state(store, {"x": np.tile(BIG, 4)})
@@ -883,7 +874,7 @@ def test_arrays_are_asked_for_one_by_one_in_order(store: Store) -> None:
 
 
 def test_threads_save_and_load_in_one_store(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "PACK_BYTES", 1 << 18)
+    monkeypatch.setattr(saving, "PACK_BYTES", 1 << 18)
     states: list[State] = [{"x": BIG[:STEP] + number, "n": np.array(number)} for number in range(6)]
 
     def work(state: State) -> bool:

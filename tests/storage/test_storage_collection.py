@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from storage import leases, references
-from storage.checkpoints import load_state, save_state
+from storage.checkpoints import load_state
 from storage.codec import encode
 from storage.collection import collect
 from storage.errors import Conflict, FailureError, IntegrityError, MissingObject
 from storage.objects import Data, Found, MemoryObjects, ObjectStore
 from storage.reachable import named_by, reachable
 from storage.records import Pin, RecordList
+from storage.saving import save_state
 from storage.store import Store, hashed_key
 
 

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from storage.checking import verify
-from storage.checkpoints import load_state, save_state
+from storage.checkpoints import load_state
 from storage.codec import decode, encode
 from storage.errors import FailureError, IntegrityError
 from storage.local import LocalObjects
 from storage.objects import MemoryObjects
 from storage.records import Pin
+from storage.saving import save_state
 from storage.store import Store, open_store
 from storage.testing import FaultyObjects
 

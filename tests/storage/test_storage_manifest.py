@@ -32,7 +32,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from storage import merkle
-from storage.checkpoints import load_state, open_checkpoint, save_state
+from storage.checkpoints import load_state, open_checkpoint
 from storage.codec import NO_DIGEST, decode, encode
 from storage.errors import IntegrityError, MissingObject
 from storage.frames import FRAME_BYTES, PLAIN, SHUFFLED, decode_frame, encode_frame
@@ -48,6 +48,7 @@ from storage.manifest import (
     unseal,
 )
 from storage.records import Head, RecordList, SegmentRecord, TensorEntry
+from storage.saving import save_state
 from storage.store import CHECKPOINTS, Store, memory_store, open_store
 
 FILES = Path(__file__).parent

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from storage import saves
-from storage.checkpoints import load_state, open_checkpoint, save_state
+from storage.checkpoints import load_state, open_checkpoint
 from storage.errors import FailureError
 from storage.manifest import DTYPES
 from storage.objects import MemoryObjects
 from storage.saves import Saver
+from storage.saving import save_state
 from storage.store import CHECKPOINTS, PACKS, Store, memory_store
 from storage.testing import FaultyObjects
 

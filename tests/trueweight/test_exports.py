@@ -24,8 +24,9 @@ from runtime.models.initial import named_parameters
 from runtime.program.build import chain_of
 from runtime.recipe import DataConfig, Recipe, parse_recipe
 from runtime.tokenisers import ByteTokeniser, Tokeniser, train_bpe
-from storage.checkpoints import Checkpoint, open_checkpoint, save_state
+from storage.checkpoints import Checkpoint, open_checkpoint
 from storage.errors import FailureError, UsageError
+from storage.saving import save_state
 from storage.store import memory_store
 from trueweight import exports, huggingface, tensor_files
 

@@ -14,7 +14,9 @@ import pytest
 from runtime.segments import History
 from runtime.testing import TEXT, TINY, tiny_job, train
 from storage.checking import verify
-from storage.checkpoints import FRAME_BYTES, Piece, join, load_state, save_shard, save_state
+from storage.checkpoints import load_state
+from storage.frames import FRAME_BYTES
+from storage.saving import Piece, join, save_shard, save_state
 from storage.store import memory_store, open_store
 from trueweight.cli import main
 

@@ -10,12 +10,13 @@ from runtime.program.training import TrainingFile
 from runtime.segments import History, Position
 from runtime.testing import local_group, plan_for, tiny_job, train, workers_of
 from runtime.worker import StageWorker
-from storage.checkpoints import load_state, open_checkpoint, save_state
+from storage.checkpoints import load_state, open_checkpoint
 from storage.codec import decode, encode
 from storage.errors import UsageError
 from storage.identity import Identity, sign_receipt
 from storage.objects import MemoryObjects
 from storage.records import Receipt, StepRecord
+from storage.saving import save_state
 from storage.store import CHECKPOINTS, OBJECTS, PACKS, Store, hashed_key, memory_store
 from verification.audit import AuditReport, Diverged, Inconclusive, Match, audit, overall
 from verification.replay import Replay
