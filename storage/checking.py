@@ -102,7 +102,7 @@ class _Verification:
         by_folder: dict[str, list[str]] = {}
         for found in files:
             by_folder.setdefault(found.key.split("/")[0] + "/", []).append(found.key)
-        broken = self._hashed(by_folder.get(OBJECTS, []), "object") + self._hashed(by_folder.get(PACKS, []), "pack")
+        broken = [finding for folder in (OBJECTS, PACKS) for finding in self._hashed(folder, by_folder.get(folder, []))]
         located: set[str] = set()
         for key in by_folder.get(CHECKPOINTS, []):
             located |= self._checkpoint(key)
@@ -115,19 +115,19 @@ class _Verification:
         self._told.findings.sort(key=lambda finding: (finding.key, finding.tensor or "", finding.leaf or 0))
         return self._told
 
-    def _hashed(self, keys: Sequence[str], what: str) -> list[Finding]:
-        """The findings over files that are named by the SHA-256 of their bytes."""
+    def _hashed(self, folder: str, keys: Sequence[str]) -> list[Finding]:
+        """The findings over files that are named by their bytes."""
 
         def look(key: str) -> Finding | None:
             digest = digest_of(key)
             if digest is None:
-                return Finding(key=key, kind="damaged", reason=f"expected the name of an {what}; nothing reads it")
+                return Finding(key=key, kind="damaged", reason=f"expected a name for {folder}; nothing reads it")
             data = self._store.objects.read(key)
             if data is None:
                 return None  # collected since it was listed
-            self._count(what, len(data))
+            self._count(folder[:-1], len(data))
             try:
-                checked(digest, data, self._store, what)
+                checked(folder, digest, data, self._store)
             except IntegrityError as error:
                 return _of_error(key, error)
             return None

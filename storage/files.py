@@ -10,6 +10,10 @@ from storage.errors import FailureError
 TEMPORARY = ".tmp-"
 """Prefix of files being written; a killed process leaves one behind, and nothing ever reads it."""
 
+DIRECT_BYTES = 1 << 20
+"""So much is written past the page cache: a checkpoint would be copied there, and push out what training reads."""
+_BLOCK_BYTES = 4096
+
 _REMEDIES = {
     errno.ENOSPC: "free space on that disk, then run the command again",
     errno.EDQUOT: "free space below your quota, then run the command again",
@@ -81,8 +85,36 @@ def _write_synced(path: Path, data: bytes | bytearray | memoryview, mode: int) -
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         rest = memoryview(data)
+        if len(rest) >= DIRECT_BYTES:
+            rest = rest[os.lseek(file, _write_direct(path, rest), os.SEEK_SET) :]
         while rest:
             rest = rest[os.write(file, rest) :]
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def _write_direct(path: Path, data: memoryview) -> int:
+    """How many bytes have been written past the page cache: whole blocks, none where system or memory do not allow it.
+
+    Linux takes blocks at addresses that are multiples of the block alone, and some file systems none at all.
+    """
+    done, stop = 0, len(data) - len(data) % _BLOCK_BYTES
+    try:
+        file = os.open(path, os.O_WRONLY | getattr(os, "O_DIRECT", 0))
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return 0
+        raise
+    try:
+        while done < stop:
+            written = os.write(file, data[done:stop])
+            done += written - written % _BLOCK_BYTES
+            if written % _BLOCK_BYTES:
+                break
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(file)
+    return done

@@ -65,14 +65,14 @@ def tree_root(hashes: bytes) -> bytes:
     return _slow_tree_root(hashes) if kernel is None else _fast_tree_root(kernel, hashes)
 
 
-def shuffle(data: ReadableBuffer, itemsize: int) -> bytearray:
+def shuffle(data: ReadableBuffer, itemsize: int) -> memoryview:
     """The byte planes of a C-contiguous buffer: byte 0 of every item, then byte 1 of every item, and so on.
 
     ValueError where the buffer does not hold a whole number of items.
     """
     octets = _octets(data)
-    planes = bytearray(len(octets))
-    _transpose(octets, memoryview(planes), itemsize, back=False)
+    planes = np.empty(len(octets), np.uint8).data  # not a bytearray, whose pages the system would clear each time
+    _transpose(octets, planes, itemsize, back=False)
     return planes
 
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import sha256
+from mmap import mmap
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ from storage.manifest import (
     tensor_bytes,
 )
 from storage.records import TensorEntry
-from storage.store import PACKS, Store, hashed_key
+from storage.store import PACKS, Store, digest_in, hashed_key
 from storage.tensors import Array, canonical, dtype_name
 
 
@@ -187,7 +187,8 @@ class _Packer:
     def __init__(self, store: Store, transfers: ThreadPoolExecutor) -> None:
         self._store, self._transfers = store, transfers
         room = PACK_BYTES + 2 * FRAME_BYTES
-        self._buffers = [np.empty(room, np.uint8).data for _ in range(TRANSFERS)]  # numpy asks for huge pages
+        # aligned, to be written directly
+        self._buffers = [np.frombuffer(mmap(-1, room), np.uint8) for _ in range(TRANSFERS)]
         self._sent: list[Future[bytes]] = []
         self._begin()
 
@@ -213,17 +214,18 @@ class _Packer:
         self._buffer, self._size = self._buffers[number % TRANSFERS], 0
         self._append(PACK_HEADER)
 
-    def _append(self, data: bytes) -> None:
-        self._buffer[self._size : self._size + len(data)] = data
-        self._size += len(data)
+    def _append(self, data: bytes | memoryview) -> None:
+        end = self._size + len(data)
+        self._buffer[self._size : end] = np.frombuffer(data, np.uint8)  # outside Python's lock
+        self._size = end
 
     def _send(self) -> None:
-        pack = self._buffer[: self._size]
+        pack = self._buffer[: self._size].data
         self._sent.append(self._transfers.submit(_put_pack, self._store, pack))
 
 
 def _put_pack(store: Store, pack: memoryview) -> bytes:
-    digest = sha256(pack).digest()
+    digest = digest_in(PACKS, pack)
     store.keep(hashed_key(PACKS, digest), pack)
     return digest
 
@@ -234,7 +236,7 @@ def _make(part: Array, known: Place | None, compress: bool) -> Frame | Place:
     root, tile = hash_frame(raw)
     if known is not None and known.root == root:
         return known
-    codec, stored = encode_frame(raw, part.itemsize) if compress else (PLAIN, raw.tobytes())
+    codec, stored = encode_frame(raw, part.itemsize) if compress else (PLAIN, raw.data)
     return Frame(root, tile, codec, stored)
 
 

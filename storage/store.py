@@ -14,7 +14,7 @@ from threading import Lock
 from time import sleep
 from urllib.parse import unquote, urlsplit
 
-from storage import leases, references
+from storage import leases, merkle, references
 from storage.errors import FailureError, IntegrityError, MissingObject, UsageError
 from storage.local import UNFINISHED, LocalObjects
 from storage.merkle import DIGEST_BYTES
@@ -54,7 +54,7 @@ class Store:
         data = self.objects.read(hashed_key(OBJECTS, digest))
         if data is None:
             raise missing("object", digest, self)
-        return checked(digest, data, self)
+        return checked(OBJECTS, digest, data, self)
 
     def has(self, digest: bytes) -> bool:
         """Whether an object of this digest is there (its bytes are not read)."""
@@ -206,12 +206,17 @@ def digest_of(key: str) -> bytes | None:
     return bytes.fromhex(match[1] + match[2]) if match else None
 
 
-def checked(digest: bytes, data: bytes, where: object, what: str = "object") -> bytes:
-    """`data`, whose SHA-256 is `digest`; IntegrityError naming the object otherwise."""
-    found = sha256(data).digest()
+def digest_in(folder: str, data: Data) -> bytes:
+    """What names bytes in a folder: the SHA-256 of an object, the Merkle root of a pack, which is hashed faster."""
+    return merkle.bytes_root(data) if folder == PACKS else sha256(data).digest()
+
+
+def checked(folder: str, digest: bytes, data: bytes, where: object) -> bytes:
+    """`data`, which `digest` names in the folder; IntegrityError naming the object or pack otherwise."""
+    found = digest_in(folder, data)
     if found != digest:
         raise IntegrityError(
-            f"{what} {digest.hex()} in {where} is damaged: its bytes hash to {found.hex()}; mend it with "
+            f"{folder[:-2]} {digest.hex()} in {where} is damaged: its bytes hash to {found.hex()}; mend it with "
             f"`trueweight store repair --from OTHER`",
             digest=digest.hex(),
         )

@@ -32,10 +32,9 @@ def canonical(array: Array) -> Array:
 
 
 def _without_nans(flat: Array) -> Array:
-    nans = np.isnan(flat)
-    if not nans.any():
+    if not flat.size or not np.isnan(flat.min()):  # which is NaN where any element is
         return flat
-    return np.where(nans, np.uint32(0x7FC00000), flat.view("<u4")).astype("<u4", copy=False).view("<f4")
+    return np.where(np.isnan(flat), np.uint32(0x7FC00000), flat.view("<u4")).astype("<u4", copy=False).view("<f4")
 
 
 def entry_for(name: str, array: Array) -> TensorEntry:

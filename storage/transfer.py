@@ -95,10 +95,10 @@ def sound(store: Store, key: str) -> bytes:
         return data or b""
     if digest is None:
         raise ValueError(f"{key}: expected the key of an object, a pack or a checkpoint")
-    what = "pack" if key.startswith(PACKS) else "object"
+    folder = PACKS if key.startswith(PACKS) else OBJECTS
     if data is None:
-        raise missing(what, digest, store)
-    return checked(digest, data, store, what)
+        raise missing(folder[:-2], digest, store)
+    return checked(folder, digest, data, store)
 
 
 def _keep(store: Store, key: str, data: bytes) -> None:

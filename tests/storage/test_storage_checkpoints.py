@@ -1,5 +1,6 @@
 """Checkpoints: exact bytes back, one root whatever the storage, nothing stored twice, and every damage named."""
 
+import io
 import pickle
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -718,19 +719,19 @@ class Compressor:
     def __init__(self, compression_params: zstandard.ZstdCompressionParameters) -> None:
         self._real = REAL_COMPRESSOR(compression_params=compression_params)
 
-    def compress(self, data: bytes) -> bytes:
+    def stream_reader(self, data: memoryview, size: int) -> io.BytesIO:
         changed = bytearray(data)
         changed[len(changed) // 2] ^= 1
-        return self._real.compress(changed)
+        return io.BytesIO(self._real.compress(changed))
 
 
 class Broken(Compressor):
     """zstd whose output is damaged on its way."""
 
-    def compress(self, data: bytes) -> bytes:
+    def stream_reader(self, data: memoryview, size: int) -> io.BytesIO:
         made = bytearray(self._real.compress(data))
         made[-1] ^= 0xFF
-        return bytes(made)
+        return io.BytesIO(bytes(made))
 
 
 class Decompressor:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from mmap import mmap
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +148,40 @@ def test_short_writes_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monke
     data = bytes(range(256)) * 3
     LocalObjects(tmp_path).create("a/b", data)
     assert (tmp_path / "a" / "b").read_bytes() == data
+
+
+@pytest.mark.parametrize("start", [0, 1, 4096])
+@pytest.mark.parametrize("size", [1 << 20, (1 << 20) + 1, (3 << 20) + 4095])
+def test_large_files_are_written_past_the_page_cache_whole(tmp_path: Path, start: int, size: int) -> None:
+    room = memoryview(mmap(-1, start + size))
+    room[:] = np.random.default_rng(size).bytes(start + size)
+    LocalObjects(tmp_path).create("packs/a", room[start:])
+    assert (tmp_path / "packs" / "a").read_bytes() == bytes(room[start:])
+
+
+@pytest.mark.parametrize("refused", ["open", "write", "cut"])
+def test_where_the_system_does_not_write_past_the_cache_it_writes_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    originals, direct = (os.open, os.write), set()
+
+    def opening(path: object, flags: int, *mode: int) -> int:
+        if flags & os.O_DIRECT and refused == "open":
+            raise OSError(errno.EINVAL, "no")
+        file = originals[0](path, flags, *mode)  # type: ignore[arg-type]
+        if flags & os.O_DIRECT:
+            direct.add(file)
+        return file
+
+    def writing(file: int, data: memoryview) -> int:
+        if file in direct and refused == "write":
+            raise OSError(errno.EINVAL, "no")
+        return originals[1](file, data[: 3 * 4096] if file in direct else data)
+
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(os, "write", writing)
+    data = memoryview(mmap(-1, (1 << 20) + 77))
+    data[:] = bytes(range(251)) * 4177 + bytes(len(data) - 251 * 4177)
+    LocalObjects(tmp_path).create("packs/a", data)
+    assert (tmp_path / "packs" / "a").read_bytes() == bytes(data)
+    assert bool(direct) == (refused != "open")
