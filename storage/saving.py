@@ -29,7 +29,7 @@ from storage.manifest import (
     tensor_bytes,
 )
 from storage.records import TensorEntry
-from storage.store import PACKS, Store, digest_in, hashed_key
+from storage.store import PACKS, Store, digest_in, hashed_key, missing
 from storage.tensors import Array, canonical, dtype_name
 
 
@@ -124,11 +124,21 @@ def save_shard(
         while window:
             take()
         packs = packer.finish()
+    _hold(store, {slot.pack for found in slots.values() for slot in found.values() if isinstance(slot, Place)})
     places = {
         name: {number: slot.place(packs) if isinstance(slot, _Slot) else slot for number, slot in found.items()}
         for name, found in slots.items()
     }
     return Shard(dtypes=dtypes, shapes=shapes, places=places)
+
+
+def _hold(store: Store, packs: set[bytes]) -> None:
+    """Packs of the base that are used again stay until the new state has a reference; MissingObject otherwise."""
+    if packs:
+        store.claim(hashed_key(PACKS, digest) for digest in packs)
+        for digest in packs:
+            if store.objects.find(hashed_key(PACKS, digest)) is None:
+                raise missing("pack", digest, store)
 
 
 def join(store: Store, shards: Sequence[Shard]) -> bytes:

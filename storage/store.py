@@ -138,8 +138,9 @@ class Store:
 
     def claim(self, keys: Iterable[str]) -> None:
         """What is there of the keys is not collected while `writing` lasts, however old: `keep` takes it as it is."""
-        if self._lease:
-            self._lease.claim(keys)
+        fresh = set(keys) - self._lease.claims if self._lease else set()
+        if self._lease and fresh:
+            self._lease.claim(fresh)
             self.settle()
 
     def settle(self) -> None:

@@ -64,25 +64,34 @@ def copy(source: Store, target: Store, names: Iterable[str] | None = None, *, ad
 
 
 def _copy_files(source: Store, target: Store, keys: list[str], told: Copied, advance: Advance) -> None:
+    """Bring what is missing: manifests last, as the target may hold another of a state, which is replaced."""
     target.claim(keys)
+    manifests = [key for key in keys if key.startswith(CHECKPOINTS)]
+    done = 0
+    for part in ([key for key in keys if key not in set(manifests)], manifests):
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            try:
+                for size in pool.map(lambda key: _bring(source, target, key), part):
+                    done += 1
+                    told.written += bool(size)
+                    told.written_bytes += size
+                    told.there += not size
+                    advance("copying", done, len(keys))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
-    def bring(key: str) -> int:
-        if target.objects.find(key):
-            return 0
-        data = sound(source, key)
-        _keep(target, key, data)
-        return len(data)
 
-    with ThreadPoolExecutor(TRANSFERS) as pool:
-        try:
-            for number, size in enumerate(pool.map(bring, keys), 1):
-                told.written += bool(size)
-                told.written_bytes += size
-                told.there += not size
-                advance("copying", number, len(keys))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+def _bring(source: Store, target: Store, key: str) -> int:
+    """How many bytes had to be written."""
+    is_manifest = key.startswith(CHECKPOINTS)
+    if not is_manifest and target.objects.find(key):
+        return 0
+    data = sound(source, key)
+    if is_manifest and target.objects.read(key) == data:
+        return 0
+    _keep(target, key, data)
+    return len(data)
 
 
 def sound(store: Store, key: str) -> bytes:

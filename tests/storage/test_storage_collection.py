@@ -139,6 +139,20 @@ def test_a_claim_keeps_what_is_old(store: Store, clock: Clock) -> None:
     assert len(collect(store, age=0, grace=0).deleted) == 1
 
 
+def test_what_a_save_takes_over_from_its_base_stays(store: Store, clock: Clock) -> None:
+    base = save_state(store, state(1))
+    store.swap("pins/base", None, pin(base))
+    clock.wait(100)
+    with store.writing("test"):
+        root = save_state(store, {**state(1), "a": np.zeros(5, np.float32)}, base=base)
+        store.swap("pins/base", pin(base), None)
+        collect(store, age=0, grace=0)
+        store.swap("pins/new", None, pin(root))
+    clock.wait(1)
+    collect(store, age=0, grace=0)
+    assert (load_state(store, root)["b"] == state(1)["b"]).all()
+
+
 def test_a_lease_that_ran_out_holds_nothing(store: Store, clock: Clock) -> None:
     lease = leases.take(store.objects, "killed")
     store.put(b"written under it")

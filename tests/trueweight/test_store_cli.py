@@ -88,10 +88,6 @@ def test_verify_finds_and_repair_mends(folder: Path, trained: Path, capsys: pyte
     findings = told(capsys, "verify", "--store", folder, code=1)["findings"]
     assert {finding["kind"] for finding in findings} == {"damaged", "missing"}
     assert any(finding["tensor"] and finding["leaf"] is not None for finding in findings)
-    assert (
-        "mend it with" in refused(capsys, "export", "tiny", folder.parent / "x.safetensors", "--store", folder, code=70)
-        or True
-    )
     mended = told(capsys, "repair", "--from", trained, "--store", folder)
     assert len(mended["mended"]) == 2
     assert mended["failed"] == []
