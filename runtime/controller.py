@@ -294,9 +294,9 @@ class Controller:
 
         A segment that was done before is committed all the same.
         """
-        with suppress(FailureError):
-            self._settle()
-            self._history.mark(FAILED)
+        for act in (self._settle, lambda: self._history.mark(FAILED)):
+            with suppress(FailureError):
+                act()
         self._end(FAILED, str(error))
 
     def _end(self, status: str, reason: str = "") -> Ended:

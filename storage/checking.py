@@ -7,19 +7,22 @@ flipped bit is found even where it changes no tensor's value.
 import random
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from storage import merkle, references
-from storage.checkpoints import TRANSFERS, Checkpoint, DamagedFrame, open_checkpoint
+from storage.checkpoints import TRANSFERS, Checkpoint, DamagedFrame, open_checkpoint, workers
 from storage.errors import IntegrityError, MissingObject
-from storage.reachable import reachable
-from storage.store import CHECKPOINTS, OBJECTS, PACKS, Store, checked, digest_of, hashed_key
+from storage.reachable import Reach, reachable
+from storage.store import CHECKPOINTS, OBJECTS, PACKS, Store, checked, digest_of, hashed_key, root_of
 
-LEAF_FOR_99 = 459
-"""So many random leaves find damage of 1 % of the leaves with a probability of 99 %."""
+Advance = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and how much there is."""
+
+
+def silent(_what: str, _done: int, _total: int) -> None:
+    """Progress that nobody watches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ class Finding:
 
 @dataclass(kw_only=True)
 class Verified:
-    """What was looked at, and the findings, by key."""
+    """What was looked at, and the findings, by key. A sample looks at parts of files, and leaves `files` at 0."""
 
     files: int = 0
     read_bytes: int = 0
@@ -48,7 +51,7 @@ class Verified:
     findings: list[Finding] = field(default_factory=list)
 
 
-def verify(store: Store, *, advance: Callable[[str, int, int], None] = lambda *_: None) -> Verified:
+def verify(store: Store, *, advance: Advance = silent) -> Verified:
     """The findings over every file of the store, whether something needs it or not.
 
     `advance` is told what is being read, and how many of how many bytes are done.
@@ -56,7 +59,7 @@ def verify(store: Store, *, advance: Callable[[str, int, int], None] = lambda *_
     return _Verification(store, advance).everything()
 
 
-def verify_sample(store: Store, count: int, seed: int) -> Verified:
+def verify_sample(store: Store, count: int, seed: int, *, advance: Advance = silent) -> Verified:
     """The findings over `count` leaves drawn at random from all leaves of the checkpoints that references need.
 
     Each is drawn with replacement, as a function of the seed; its frame is read, and checked up to the state root.
@@ -66,18 +69,21 @@ def verify_sample(store: Store, count: int, seed: int) -> Verified:
     told.findings += [_of_error(lost.key, lost.error) for lost in reach.lost]
     alive = [reach.checkpoints[root] for root in sorted(reach.checkpoints)]
     told.checkpoints = len(alive)
-    counts = [int(np.sum(one.manifest.tiles)) // merkle.DIGEST_BYTES for one in alive]
-    total = sum(counts)
+    # where the leaves of each checkpoint end among all, and those of each frame among its checkpoint's
+    frames = [np.cumsum(one.manifest.tiles) // merkle.DIGEST_BYTES for one in alive]
+    ends = np.cumsum([int(leaves[-1]) if len(leaves) else 0 for leaves in frames], dtype=np.int64)
+    total = int(ends[-1]) if alive else 0
     told.leaves = count if total else 0
     draw = random.Random(seed)  # noqa: S311 - a sample that anybody can draw again, not a secret
     chosen: dict[int, set[int]] = {}
     for _ in range(told.leaves):
         leaf = draw.randrange(total)
-        at = int(np.searchsorted(np.cumsum(counts), leaf, "right"))
-        tiles = np.cumsum(alive[at].manifest.tiles) // merkle.DIGEST_BYTES
-        chosen.setdefault(at, set()).add(int(np.searchsorted(tiles, leaf - sum(counts[:at]), "right")))
-    for at, frames in chosen.items():
-        told.findings += _frames(alive[at], sorted(frames))
+        at = int(np.searchsorted(ends, leaf, "right"))
+        within = leaf - (int(ends[at - 1]) if at else 0)
+        chosen.setdefault(at, set()).add(int(np.searchsorted(frames[at], within, "right")))
+    counter = _Counter(told, advance, sum(_stored(alive[at], picked) for at, picked in chosen.items()))
+    for at, picked in chosen.items():
+        told.findings += _frames(alive[at], sorted(picked), counter)
     return told
 
 
@@ -86,30 +92,43 @@ def detection(share: float, sample: int) -> float:
     return 1 - (1 - share) ** sample
 
 
+class _Counter:
+    """Counts the bytes that several threads have read, and tells who watches."""
+
+    def __init__(self, told: Verified, advance: Advance, total: int) -> None:
+        self._told, self._advance, self._total = told, advance, total
+        self._lock = threading.Lock()
+
+    def __call__(self, what: str, size: int) -> None:
+        with self._lock:
+            self._told.read_bytes += size
+            self._advance(what, self._told.read_bytes, max(self._total, self._told.read_bytes))
+
+
 class _Verification:
     """One pass over a whole store."""
 
-    def __init__(self, store: Store, advance: Callable[[str, int, int], None]) -> None:
+    def __init__(self, store: Store, advance: Advance) -> None:
         self._store, self._advance = store, advance
         self._told = Verified()
-        self._lock = threading.Lock()
-        self._done = self._total = 0
 
     def everything(self) -> Verified:
         objects = self._store.objects
         files = [found for folder in (OBJECTS, PACKS, CHECKPOINTS, references.FOLDER) for found in objects.list(folder)]
-        self._total = sum(found.size * (2 if found.key.startswith(PACKS) else 1) for found in files)
+        total = sum(found.size * (2 if found.key.startswith(PACKS) else 1) for found in files)
+        self._count = _Counter(self._told, self._advance, total)
+        reach = reachable(self._store)
         by_folder: dict[str, list[str]] = {}
         for found in files:
             by_folder.setdefault(found.key.split("/")[0] + "/", []).append(found.key)
         broken = [finding for folder in (OBJECTS, PACKS) for finding in self._hashed(folder, by_folder.get(folder, []))]
         located: set[str] = set()
         for key in by_folder.get(CHECKPOINTS, []):
-            located |= self._checkpoint(key)
+            located |= self._checkpoint(key, reach)
         self._told.findings += [finding for finding in broken if finding.key not in located]
         self._references(by_folder.get(references.FOLDER, []))
         known = {finding.key for finding in self._told.findings}
-        lost = [_of_error(lost.key, lost.error) for lost in reachable(self._store).lost]
+        lost = [_of_error(lost.key, lost.error) for lost in reach.lost]
         self._told.findings += [finding for finding in lost if finding.key not in known]
         self._told.files = len(files)
         self._told.findings.sort(key=lambda finding: (finding.key, finding.tensor or "", finding.leaf or 0))
@@ -132,18 +151,27 @@ class _Verification:
                 return _of_error(key, error)
             return None
 
-        with ThreadPoolExecutor(TRANSFERS) as pool:
+        with workers(TRANSFERS) as pool:
             return [finding for finding in pool.map(look, keys) if finding]
 
-    def _checkpoint(self, key: str) -> set[str]:
+    def _checkpoint(self, key: str, reach: Reach) -> set[str]:
         """Note the findings of one checkpoint; the keys of the packs in which damage was located."""
+        root = root_of(key)
+        if root is None:
+            reason = f"expected a name for {CHECKPOINTS}; nothing reads it"
+            self._told.findings.append(Finding(key=key, kind="damaged", reason=reason))
+            return set()
         try:
-            checkpoint = open_checkpoint(self._store, bytes.fromhex(key.removeprefix(CHECKPOINTS)))
-        except (MissingObject, IntegrityError, ValueError) as error:
+            checkpoint = open_checkpoint(self._store, root)
+        except MissingObject:
+            return set()  # collected since it was listed
+        except IntegrityError as error:
             self._told.findings.append(_of_error(key, error))
             return set()
         self._told.checkpoints += 1
         found = _frames(checkpoint, range(len(checkpoint.manifest.frames)), self._count)
+        if root not in reach.checkpoints:  # garbage, which loses its packs before it goes itself
+            found = [finding for finding in found if finding.kind != "missing"]
         self._told.leaves += int(np.sum(checkpoint.manifest.tiles)) // merkle.DIGEST_BYTES
         self._told.findings += found
         return {finding.key for finding in found}
@@ -155,16 +183,14 @@ class _Verification:
                 reason = "the entry does not hash to its seal"
                 self._told.findings.append(Finding(key=key, kind="damaged", reason=reason))
 
-    def _count(self, what: str, size: int) -> None:
-        with self._lock:
-            self._done += size
-            self._told.read_bytes += size
-            self._advance(what, self._done, self._total)
+
+def _stored(checkpoint: Checkpoint, frames: Iterable[int]) -> int:
+    """The bytes that the frames take, tiles included."""
+    chosen = list(frames)
+    return int(np.sum(checkpoint.manifest.frames["size"][chosen]) + np.sum(checkpoint.manifest.tiles[chosen]))
 
 
-def _frames(
-    checkpoint: Checkpoint, frames: Iterable[int], count: Callable[[str, int], None] = lambda *_: None
-) -> list[Finding]:
+def _frames(checkpoint: Checkpoint, frames: Iterable[int], count: _Counter) -> list[Finding]:
     """The findings over some frames of a checkpoint, tiles included."""
     manifest, objects = checkpoint.manifest, checkpoint.store.objects
     found: list[Finding] = []

@@ -54,34 +54,33 @@ def collect(
     objects = store.objects
     with _sweep(objects, dry_run, seconds) as (now, began):
         held = leases.held(objects, now)
-        candidates = [found for folder in (UNFINISHED, PACKS, CHECKPOINTS, OBJECTS) for found in objects.list(folder)]
+        candidates = [found for folder in (UNFINISHED, CHECKPOINTS, PACKS, OBJECTS) for found in objects.list(folder)]
         alive = _marked(store)
         known = _condemned(objects)
-        deleted, condemned, young, left = [], {}, [], []
+        deleted, condemned, young, left = [], [], [], []
+        since: dict[str, tuple[float, float]] = {}
         for found in candidates:
             if found.key in alive or found.key in held.claims:
                 continue
             if found.modified >= min(now - age, held.since):
                 young.append(found)
                 continue
-            since = known.get(found.key, (now, found.modified))
-            if since[1] != found.modified:
-                since = now, found.modified
-            if now - since[0] < grace:
-                condemned[found.key] = since
-            elif not dry_run and (seconds() - began > leases.SWEEP_LASTS / 2 or not _deleted(objects, found)):
-                condemned[found.key] = since
+            first, modified = known.get(found.key, (now, found.modified))
+            since[found.key] = (first if modified == found.modified else now), found.modified
+            if now - since[found.key][0] < grace:
+                condemned.append(found)
+            elif not dry_run and (seconds() - began > leases.SWEEP_LASTS / 2 or not _deleted(objects, found.key)):
                 left.append(found)
             else:
                 deleted.append(found)
+                del since[found.key]
         if not dry_run:
-            objects.replace(CONDEMNED, json.dumps(condemned).encode())
+            objects.replace(CONDEMNED, json.dumps(since).encode())
             _tidy(objects, held, now)
-    by_key = {found.key: found for found in candidates}
     living = [found for found in candidates if found.key in alive]
     return Collected(
         deleted=tuple(deleted),
-        condemned=tuple(by_key[key] for key in condemned if by_key[key] not in left),
+        condemned=tuple(condemned),
         young=tuple(young),
         left=tuple(left),
         alive=len(living),
@@ -100,7 +99,7 @@ def _sweep(objects: ObjectStore, dry_run: bool, seconds: Callable[[], float]) ->
     try:
         yield now, began
     finally:
-        objects.delete(key)
+        _deleted(objects, key)  # or it runs out
 
 
 def _marked(store: Store) -> set[str]:
@@ -125,10 +124,10 @@ def _condemned(objects: ObjectStore) -> dict[str, tuple[float, float]]:
         return {}
 
 
-def _deleted(objects: ObjectStore, found: Found) -> bool:
+def _deleted(objects: ObjectStore, key: str) -> bool:
     """Whether the file is gone; one that would not go is left to the next pass."""
     try:
-        objects.delete(found.key)
+        objects.delete(key)
     except FailureError:
         return False
     return True
@@ -141,4 +140,4 @@ def _tidy(objects: ObjectStore, held: leases.Held, now: float) -> None:
     for prefix in (leases.SWEEPS, leases.CLOCKS):
         gone += [found.key for found in objects.list(prefix) if now - found.modified > 2 * leases.SWEEP_LASTS]
     for key in gone:
-        objects.delete(key)
+        _deleted(objects, key)

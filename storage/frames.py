@@ -13,6 +13,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from storage import kernels, merkle
+from storage.errors import FailureError
 
 FRAME_BYTES = merkle.CHUNK_LEAVES * merkle.LEAF_BYTES
 PACK_BYTES = 32 << 20
@@ -57,7 +58,7 @@ def hash_frame(raw: Bytes) -> tuple[bytes, bytes]:
 def encode_frame(raw: Bytes, itemsize: int) -> tuple[int, memoryview]:
     """(codec, stored bytes) from which `decode_frame` has just given the same bytes again.
 
-    Bytes that do not shrink are stored plain. RuntimeError where decoding gives others: a fault of memory or library.
+    Bytes that do not shrink are stored plain. FailureError where decoding gives others: a fault of memory or library.
     """
     room = np.empty(max(len(raw) - 1, 0), np.uint8)
     with _codecs.compressor.stream_reader(kernels.shuffle(raw.data, itemsize), size=len(raw)) as reader:
@@ -67,8 +68,11 @@ def encode_frame(raw: Bytes, itemsize: int) -> tuple[int, memoryview]:
     stored = room[:size].data
     again = np.empty_like(raw)
     decode_frame(SHUFFLED, stored, itemsize, again)
-    if not _equal(again, raw):
-        raise RuntimeError("a frame decompressed to other bytes than were compressed; test this machine's memory")
+    if not np.array_equal(again, raw):
+        raise FailureError(
+            "a frame decompressed to other bytes than were compressed, and nothing was stored of it; "
+            "test this machine's memory, then run the command again"
+        )
     return SHUFFLED, stored
 
 
@@ -94,11 +98,3 @@ def decode_frame(codec: int, stored: bytes | memoryview, itemsize: int, out: Byt
     if len(planes) != len(out):
         raise ValueError(f"expected {len(out)} bytes in a zstd frame, got {len(planes)}")
     kernels.unshuffle(planes, itemsize, out.data)
-
-
-def _equal(one: Bytes, other: Bytes) -> bool:
-    """Whether the bytes are the same, compared by eight."""
-    whole = len(one) - len(one) % 8
-    return np.array_equal(one[:whole].view(np.uint64), other[:whole].view(np.uint64)) and np.array_equal(
-        one[whole:], other[whole:]
-    )

@@ -47,7 +47,7 @@ class Lease:
         self._told: dict[str, Any] = {"since": since, "purpose": purpose, "host": socket.gethostname()}
         self._told["process"] = os.getpid()
         self._write()
-        self._renewed = _seconds()
+        self._renewed = elapsed()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
@@ -60,7 +60,7 @@ class Lease:
 
     def check(self) -> None:
         """FailureError where the lease may have run out, so that what was put under it may have been collected."""
-        if _seconds() - self._renewed > LASTS / 2:
+        if elapsed() - self._renewed > LASTS / 2:
             raise FailureError(
                 f"lease {self._key} in {self._objects}: this process was stopped for longer than a lease holds, so "
                 f"what it wrote may have been collected; nothing was changed: run the command again"
@@ -75,7 +75,7 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._over.wait(RENEWED):
-            began = _seconds()
+            began = elapsed()
             try:
                 self._write()
             except FailureError:
@@ -160,6 +160,6 @@ def _modified(objects: ObjectStore, key: str) -> float:
     return found.modified
 
 
-def _seconds() -> float:
+def elapsed() -> float:
     """Seconds that go on while the machine sleeps, where the system has such a clock."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

@@ -1,6 +1,6 @@
 """Keys as files of a folder: written beside their place, synced, then linked or renamed into it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from stat import S_ISDIR
 
@@ -95,7 +95,7 @@ class LocalObjects:
                 yield found
 
 
-def _exactly(read, size: int) -> bytes:  # type: ignore[no-untyped-def]
+def _exactly(read: Callable[[int], bytes | None], size: int) -> bytes:
     """Up to `size` bytes: one read may return fewer than there are."""
     parts = []
     while size > 0 and (part := read(size)):

@@ -12,10 +12,10 @@ value; and the SHA-256 of the entry's key and all that, because nothing else cov
 import re
 import secrets
 from hashlib import sha256
-from time import monotonic as seconds
 from urllib.parse import quote, unquote
 
 from storage.errors import Conflict, FailureError, UsageError
+from storage.leases import elapsed
 from storage.merkle import DIGEST_BYTES
 from storage.objects import Found, ObjectStore
 
@@ -24,6 +24,7 @@ HASTE = 60.0
 """Seconds within which a swap creates its entry after it has looked."""
 PRUNED_AFTER = 86400.0
 """Seconds for which a superseded entry stays."""
+_LOOKS = 5
 _NONCE_BYTES = 16
 _LONGEST = 200
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
@@ -44,8 +45,8 @@ def read(objects: ObjectStore, name: str) -> bytes | None:
 def swap(objects: ObjectStore, name: str, expected: bytes | None, new: bytes | None) -> None:
     """Set the reference (None: unset it) if its value is `expected`, atomically and durably; Conflict otherwise."""
     looked = -HASTE
-    while seconds() - looked >= HASTE:
-        looked = seconds()
+    while elapsed() - looked >= HASTE:
+        looked = elapsed()
         number, found = _latest(objects, name)
         if found != expected:
             raise _conflict(name, expected, found)
@@ -76,7 +77,7 @@ def superseded(objects: ObjectStore) -> list[Found]:
 def _latest(objects: ObjectStore, name: str) -> tuple[int, bytes | None]:
     """(number of the newest entry, its value); (0, None) for a reference without entries."""
     folder = _folder(name)
-    while True:
+    for _ in range(_LOOKS):
         numbers = [found.key.rpartition("/")[2] for found in objects.list(folder)]
         number = max((int(text) for text in numbers if _ENTRY.fullmatch(text)), default=0)
         if not number:
@@ -92,6 +93,9 @@ def _latest(objects: ObjectStore, name: str) -> tuple[int, bytes | None]:
             error.key = f"{folder}{number:012}"
             raise error
         return number, _value(entry)
+    raise FailureError(
+        f"reference {name}: {objects} lists entry {number} and does not have it, {_LOOKS} times; check that medium"
+    )
 
 
 def _is_set(objects: ObjectStore, name: str) -> bool:

@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 DEADLINE = 120.0
 """Seconds for which an operation is tried again."""
+FIRST_DEADLINE = 20.0
+"""The same until the server has answered once: a wrong name is told soon, a long night at the server is sat out."""
 _LEAST_TRIES = 3  # even of an operation that takes longer than the deadline: a large file, a long list
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
 _CONNECT_SECONDS, _SILENT_SECONDS = 10, 60
@@ -72,6 +74,7 @@ class FsspecObjects:
         self._protocol: str = names if isinstance(names, str) else names[0]
         self._web = self._protocol == "http"
         self._deadline, self._clock, self._wait = deadline, clock, wait
+        self._answered = False
         in_process = self._protocol == "memory"
         self._lock: AbstractContextManager[Any] = _MEMORY if in_process else nullcontext()
         self._exclusive = in_process  # else seen by the first create
@@ -213,18 +216,22 @@ class FsspecObjects:
             tries += 1
             try:
                 with self._lock:
-                    return act()
+                    result = act()
+                self._answered = True
+                return result
             except FailureError:  # of a request within
                 raise
             except Exception as error:
                 kind, said = _kind(error), _said(error)
+                self._answered |= kind is not _Kind.PASSING or _status(error) is not None
                 if kind is _Kind.MISSING:
                     raise FileNotFoundError(key) from error
                 spent = self._clock() - began
                 pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (tries - 1)) * (0.5 + _RANDOM.random() / 2)
                 if tries > 1:
                     said = f"gave up after {tries} tries in {spent:.0f} s: {said}"
-                late = tries >= _LEAST_TRIES and spent + pause > self._deadline
+                deadline = self._deadline if self._answered else min(self._deadline, FIRST_DEADLINE)
+                late = tries >= _LEAST_TRIES and spent + pause > deadline
                 if kind is not _Kind.PASSING or not again or late:
                     raise self._failure(kind, doing, key, said) from error
             self._wait(pause)

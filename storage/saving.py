@@ -6,18 +6,18 @@ codec or store.
 """
 
 import math
+import mmap
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from mmap import mmap
 from typing import NamedTuple
 
 import numpy as np
 
 from storage import kernels
 from storage.checkpoints import TRANSFERS, WORKERS, open_checkpoint, workers
-from storage.frames import FRAME_BYTES, PACK_BYTES, PACK_HEADER, PLAIN, Frame, encode_frame, hash_frame
+from storage.frames import FRAME_BYTES, PACK_BYTES, PACK_HEADER, PLAIN, Bytes, Frame, encode_frame, hash_frame
 from storage.manifest import (
     FRAME,
     MOST_AXES,
@@ -31,6 +31,13 @@ from storage.manifest import (
 from storage.records import TensorEntry
 from storage.store import PACKS, Store, digest_in, hashed_key, missing
 from storage.tensors import Array, canonical, dtype_name
+
+
+class Kind(NamedTuple):
+    """What a tensor is, whatever it holds."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class Piece(NamedTuple):
@@ -59,8 +66,7 @@ class Place(NamedTuple):
 class Shard:
     """Frames of a state that are in the store: `places[name]` by frame number. `join` makes a checkpoint of shards."""
 
-    dtypes: Mapping[str, str]
-    shapes: Mapping[str, tuple[int, ...]]
+    kinds: Mapping[str, Kind]
     places: Mapping[str, Mapping[int, Place]]
 
 
@@ -77,7 +83,7 @@ def save_state(
     Frames that the checkpoint with root `base` has under the same name are not stored again. `advance` is told how many
     bytes are done. An array is asked for when its turn comes, by name.
     """
-    pieces = (_whole(name, arrays[name]) for name in sorted(arrays))
+    pieces = (Piece(name, (array := arrays[name]).shape, 0, array) for name in sorted(arrays))
     return join(store, [save_shard(store, pieces, base=base, compress=compress, advance=advance)])
 
 
@@ -94,8 +100,8 @@ def save_shard(
     Frames are hashed, compressed and decompressed again by WORKERS threads, and packs written by TRANSFERS more.
     """
     known = _known(store, base) if base else {}
-    dtypes: dict[str, str] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    kinds: dict[str, Kind] = {}
+    given: set[tuple[str, int]] = set()
     slots: dict[str, dict[int, Place | _Slot]] = {}
     with workers(WORKERS) as pool, workers(TRANSFERS) as transfers:
         packer = _Packer(store, transfers)
@@ -108,16 +114,13 @@ def save_shard(
             advance(size)
 
         for piece in pieces:
-            kind = (dtype_name(piece.array), piece.shape)
-            if len(piece.shape) > MOST_AXES:
-                raise ValueError(f"shard: expected at most {MOST_AXES} axes of {piece.name}, got {len(piece.shape)}")
-            if (dtypes.setdefault(piece.name, kind[0]), shapes.setdefault(piece.name, kind[1])) != kind:
-                raise ValueError(f"shard: expected one dtype and shape of {piece.name}, got {kind} and others")
-            done = slots.setdefault(piece.name, {})
+            kind = _agreed(kinds, piece.name, Kind(dtype_name(piece.array), piece.shape))
+            slots.setdefault(piece.name, {})
             for number, part in _parts(piece):
-                if number in done or any(waiting[:2] == (piece.name, number) for waiting in window):
+                if (piece.name, number) in given:
                     raise ValueError(f"shard: expected every frame of {piece.name} once, got frame {number} twice")
-                job = pool.submit(_make, part, known.get((piece.name, kind[0], number)), compress)
+                given.add((piece.name, number))
+                job = pool.submit(_make, part, known.get((piece.name, kind.dtype, number)), compress)
                 window.append((piece.name, number, part.nbytes, job))
                 if len(window) > 2 * WORKERS:
                     take()
@@ -129,7 +132,16 @@ def save_shard(
         name: {number: slot.place(packs) if isinstance(slot, _Slot) else slot for number, slot in found.items()}
         for name, found in slots.items()
     }
-    return Shard(dtypes=dtypes, shapes=shapes, places=places)
+    return Shard(kinds=kinds, places=places)
+
+
+def _agreed(kinds: dict[str, Kind], name: str, kind: Kind) -> Kind:
+    """The kind, which is noted as the tensor's; ValueError where it has another one, or one that no array has."""
+    if len(kind.shape) > MOST_AXES:
+        raise ValueError(f"shard: expected at most {MOST_AXES} axes of {name}, got {len(kind.shape)}")
+    if kinds.setdefault(name, kind) != kind:
+        raise ValueError(f"shard: expected one dtype and shape of {name}, got {kinds[name]} and {kind}")
+    return kind
 
 
 def _hold(store: Store, packs: set[bytes]) -> None:
@@ -146,14 +158,11 @@ def join(store: Store, shards: Sequence[Shard]) -> bytes:
 
     ValueError naming the tensor where shards disagree, frames are missing, or two shards have the same one.
     """
-    dtypes: dict[str, str] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    kinds: dict[str, Kind] = {}
     places: dict[str, dict[int, Place]] = {}
     for shard in shards:
         for name, found in shard.places.items():
-            kind = (shard.dtypes[name], shard.shapes[name])
-            if (dtypes.setdefault(name, kind[0]), shapes.setdefault(name, kind[1])) != kind:
-                raise ValueError(f"shards: expected one dtype and shape of {name}, got {kind} and others")
+            _agreed(kinds, name, shard.kinds[name])
             known = places.setdefault(name, {})
             if known.keys() & found.keys():
                 raise ValueError(f"shards: expected every frame of {name} once, got one twice")
@@ -163,7 +172,7 @@ def join(store: Store, shards: Sequence[Shard]) -> bytes:
     for name in sorted(places):
         ordered = [places[name][number] for number in sorted(places[name])]
         root = kernels.tree_root(b"".join(place.root for place in ordered))
-        entry = TensorEntry(name=name, dtype=dtypes[name], shape=tuple(map(int, shapes[name])), root=root)
+        entry = TensorEntry(name=name, dtype=kinds[name].dtype, shape=tuple(map(int, kinds[name].shape)), root=root)
         count = -(-tensor_bytes(entry) // FRAME_BYTES)
         if sorted(places[name]) != list(range(count)):
             raise ValueError(f"shards: expected {count} frames of {name}, got {len(ordered)}")
@@ -196,9 +205,7 @@ class _Packer:
 
     def __init__(self, store: Store, transfers: ThreadPoolExecutor) -> None:
         self._store, self._transfers = store, transfers
-        room = PACK_BYTES + 2 * FRAME_BYTES
-        # aligned, to be written directly
-        self._buffers = [np.frombuffer(mmap(-1, room), np.uint8) for _ in range(TRANSFERS)]
+        self._buffers = [_room(PACK_BYTES + 2 * FRAME_BYTES) for _ in range(TRANSFERS)]
         self._sent: list[Future[bytes]] = []
         self._begin()
 
@@ -232,6 +239,14 @@ class _Packer:
     def _send(self) -> None:
         pack = self._buffer[: self._size].data
         self._sent.append(self._transfers.submit(_put_pack, self._store, pack))
+
+
+def _room(size: int) -> Bytes:
+    """Memory at the start of a page, as direct writes need it, in huge pages where the system has them."""
+    room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        room.madvise(mmap.MADV_HUGEPAGE)  # shared memory, which mmap gives unasked, has none
+    return np.frombuffer(room, np.uint8)
 
 
 def _put_pack(store: Store, pack: memoryview) -> bytes:
@@ -273,7 +288,3 @@ def _known(store: Store, base: bytes) -> dict[tuple[str, str, int], Place]:
         for entry, start, stop in zip(manifest.tensors, manifest.first, manifest.first[1:], strict=False)
         for number, row in enumerate(manifest.frames[start:stop])
     }
-
-
-def _whole(name: str, array: Array) -> Piece:
-    return Piece(name, array.shape, 0, array)

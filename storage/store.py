@@ -23,6 +23,7 @@ from storage.objects import Data, Found, MemoryObjects, ObjectStore
 MARKER = "trueweight-store"
 FORMAT = b"trueweight-store 2\n"
 OBJECTS, PACKS, CHECKPOINTS = "objects/", "packs/", "checkpoints/"
+_ROOT = re.compile("checkpoints/([0-9a-f]{64})")
 _HASHED = re.compile("[a-z]+/([0-9a-f]{2})/([0-9a-f]{62})")
 
 
@@ -205,6 +206,12 @@ def digest_of(key: str) -> bytes | None:
     """The digest in such a key, None where the key is another."""
     match = _HASHED.fullmatch(key)
     return bytes.fromhex(match[1] + match[2]) if match else None
+
+
+def root_of(key: str) -> bytes | None:
+    """The state root in the key of a manifest, None where the key is another."""
+    match = _ROOT.fullmatch(key)
+    return bytes.fromhex(match[1]) if match else None
 
 
 def digest_in(folder: str, data: Data) -> bytes:

@@ -3,26 +3,20 @@
 Files are named by what they hold, so a copy that was cut off goes on where it stopped.
 """
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from storage import references
-from storage.checking import Finding, verify
-from storage.checkpoints import TRANSFERS, load_state, open_checkpoint
+from storage.checking import Advance, Finding, silent, verify
+from storage.checkpoints import TRANSFERS, load_state, open_checkpoint, workers
 from storage.codec import decode, record_in
-from storage.errors import Conflict, FailureError, MissingObject, UsageError
+from storage.errors import Conflict, FailureError, IntegrityError, MissingObject, UsageError
+from storage.manifest import decode_manifest, unseal
 from storage.reachable import Reach, named_by, reachable
 from storage.records import Head, SegmentRecord
 from storage.saving import save_state
-from storage.store import CHECKPOINTS, OBJECTS, PACKS, Store, checked, digest_of, hashed_key, missing
-
-Advance = Callable[[str, int, int], None]
-"""Told what is being done, and how many of how many files are done."""
-
-
-def silent(_what: str, _done: int, _total: int) -> None:
-    """Progress that nobody watches."""
+from storage.store import CHECKPOINTS, OBJECTS, PACKS, Store, checked, digest_of, hashed_key, missing, root_of
 
 
 @dataclass(kw_only=True)
@@ -69,17 +63,13 @@ def _copy_files(source: Store, target: Store, keys: list[str], told: Copied, adv
     manifests = [key for key in keys if key.startswith(CHECKPOINTS)]
     done = 0
     for part in ([key for key in keys if key not in set(manifests)], manifests):
-        with ThreadPoolExecutor(TRANSFERS) as pool:
-            try:
-                for size in pool.map(lambda key: _bring(source, target, key), part):
-                    done += 1
-                    told.written += bool(size)
-                    told.written_bytes += size
-                    told.there += not size
-                    advance("copying", done, len(keys))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        with workers(TRANSFERS) as pool:
+            for size in pool.map(lambda key: _bring(source, target, key), part):
+                done += 1
+                told.written += bool(size)
+                told.written_bytes += size
+                told.there += not size
+                advance("copying", done, len(keys))
 
 
 def _bring(source: Store, target: Store, key: str) -> int:
@@ -96,25 +86,25 @@ def _bring(source: Store, target: Store, key: str) -> int:
 
 def sound(store: Store, key: str) -> bytes:
     """The bytes of an object, a pack or a manifest, if they are what the key says; MissingObject, IntegrityError."""
-    data = store.objects.read(key)
-    digest = digest_of(key)
-    if key.startswith(CHECKPOINTS):
-        root = bytes.fromhex(key.removeprefix(CHECKPOINTS))
-        open_checkpoint(store, root)  # which raises unless it is one of that root
-        return data or b""
+    folder = next(folder for folder in (OBJECTS, PACKS, CHECKPOINTS) if key.startswith(folder))
+    digest = root_of(key) or digest_of(key)
     if digest is None:
         raise ValueError(f"{key}: expected the key of an object, a pack or a checkpoint")
-    folder = PACKS if key.startswith(PACKS) else OBJECTS
+    data = store.objects.read(key)
     if data is None:
-        raise missing(folder[:-2], digest, store)
-    return checked(folder, digest, data, store)
+        raise missing(folder[:-2] if folder != CHECKPOINTS else "checkpoint", digest, store)
+    if folder != CHECKPOINTS:
+        return checked(folder, digest, data, store)
+    decode_manifest(digest, unseal(digest, data))
+    return data
 
 
 def _keep(store: Store, key: str, data: bytes) -> None:
-    if key.startswith(CHECKPOINTS):
-        store.keep_manifest(bytes.fromhex(key.removeprefix(CHECKPOINTS)), data)
-    else:
+    root = root_of(key)
+    if root is None:
         store.keep(key, data)
+    else:
+        store.keep_manifest(root, data)
 
 
 def _value(store: Store, name: str) -> bytes:
@@ -151,7 +141,7 @@ class Repaired:
 def repair(store: Store, other: Store, *, advance: Advance = silent) -> Repaired:
     """Fetch from `other` whatever `verify` finds missing or damaged here, until nothing more can be mended.
 
-    A pack that the other store has not is made anew from its checkpoint of the same root.
+    States that lie in a pack which the other store has not are taken from its checkpoints of the same roots.
     """
     told = Repaired()
     tried: set[str] = set()
@@ -180,19 +170,39 @@ def _mend(store: Store, other: Store, finding: Finding) -> None:
     try:
         data = sound(other, key)
     except MissingObject:
-        if finding.checkpoint is None:
+        if not key.startswith(PACKS):
             raise
-        root = bytes.fromhex(finding.checkpoint)
-        store.objects.delete(key)
-        save_state(store, load_state(other, root))
+        _save_anew(store, other, key)
         return
-    if key.startswith(CHECKPOINTS):
-        manifest = open_checkpoint(other, bytes.fromhex(key.removeprefix(CHECKPOINTS))).manifest
-        for digest in manifest.packs:
+    if root := root_of(key):
+        for digest in open_checkpoint(other, root).manifest.packs:
             pack = hashed_key(PACKS, digest)
             if store.objects.find(pack) is None:
                 store.keep(pack, sound(other, pack))
     store.objects.replace(key, data)
+
+
+def _save_anew(store: Store, other: Store, pack: str) -> None:
+    """Take the states that lie in a pack from the other store, which packed them otherwise, then drop the pack.
+
+    MissingObject, and nothing is changed, where the other store lacks one of them.
+    """
+    for root in _lying_in(store, pack):
+        open_checkpoint(other, root)
+    for root in _lying_in(store, pack):
+        save_state(store, load_state(other, root))
+    if not _lying_in(store, pack):  # else it has been made again
+        store.objects.delete(pack)
+
+
+def _lying_in(store: Store, pack: str) -> list[bytes]:
+    """The roots of the checkpoints whose manifests name a pack; damaged manifests are findings of their own."""
+    digest, roots = digest_of(pack), []
+    for root in filter(None, (root_of(found.key) for found in store.objects.list(CHECKPOINTS))):
+        with suppress(IntegrityError, MissingObject):
+            if digest in open_checkpoint(store, root).manifest.packs:
+                roots.append(root)
+    return roots
 
 
 def _mend_reference(store: Store, other: Store, key: str) -> None:

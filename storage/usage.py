@@ -46,17 +46,18 @@ def logical_bytes(checkpoint: Checkpoint) -> int:
     return sum(map(tensor_bytes, checkpoint.manifest.tensors))
 
 
-def own_bytes(checkpoints: Iterable[Checkpoint]) -> list[int]:
-    """For each checkpoint, the stored bytes of those of its frames that no earlier one has."""
+def own_bytes(checkpoints: Iterable[Checkpoint]) -> list[tuple[int, int]]:
+    """For each checkpoint, (logical, stored) bytes of those of its frames that no earlier one has."""
     seen: set[tuple[bytes, int]] = set()
     found = []
     for checkpoint in checkpoints:
-        manifest, own = checkpoint.manifest, 0
+        manifest, logical, stored = checkpoint.manifest, 0, 0
         sizes = manifest.frames["size"].astype(np.int64) + manifest.tiles
-        for row, size in zip(manifest.frames, sizes, strict=True):
+        for row, length, size in zip(manifest.frames, manifest.lengths, sizes, strict=True):
             place = manifest.packs[int(row["pack"])], int(row["offset"])
             if place not in seen:
                 seen.add(place)
-                own += int(size)
-        found.append(own)
+                logical += int(length)
+                stored += int(size)
+        found.append((logical, stored))
     return found

@@ -22,7 +22,7 @@ from storage.objects import Found
 from storage.reachable import reachable
 from storage.records import Pin, SegmentRecord
 from storage.saving import save_state
-from storage.store import CHECKPOINTS, Store
+from storage.store import CHECKPOINTS, Store, root_of
 from trueweight import exports, huggingface, reports, tensor_files, wiring
 from trueweight.console import as_json as as_json_text
 from trueweight.console import console_for, print_json, say
@@ -71,18 +71,19 @@ def list_command(store: StoreFolder = ".trueweight", as_json: AsJson = False) ->
 def usage_command(store: StoreFolder = ".trueweight", as_json: AsJson = False) -> int:
     """Say how much the store takes, and how much it saves.
 
-    `logical` are the bytes of all checkpoints' tensors, once for each checkpoint; the ratio is logical to stored.
+    `logical` are the bytes of all checkpoints' tensors, `distinct` those that are left when equal frames of several are
+    counted once (the dedup ratio is logical to distinct), `stored` what the distinct ones take when compressed.
 
     \b
     trueweight store du
     """
     objects = wiring.open_folder(store, create=False)
     kinds = [asdict(one) for one in usage.usage(objects)]
-    rows = _checkpoints(objects)
-    logical = sum(row["logical"] or 0 for row in rows)
+    rows = [row for row in _checkpoints(objects) if row["logical"] is not None]
+    logical, distinct = (sum(row[key] for row in rows) for key in ("logical", "distinct"))
     stored = sum(one["stored"] for one in kinds if one["kind"] in ("packs", "manifests"))
-    ratio = logical / stored if stored else None
-    known = {"checkpoints": len(rows), "logical": logical, "stored": stored, "ratio": ratio}
+    ratios = {"dedup": logical / distinct if distinct else None, "ratio": logical / stored if stored else None}
+    known = {"checkpoints": len(rows), "logical": logical, "distinct": distinct, "stored": stored, **ratios}
     if as_json:
         return print_json({"store": str(objects), **known, "kinds": kinds})
     print(
@@ -91,7 +92,8 @@ def usage_command(store: StoreFolder = ".trueweight", as_json: AsJson = False) -
             {"kind": "kind", "files": "files", "stored": "stored"},
         )
     )
-    print(f"{len(rows)} checkpoints of {size(logical)} take {size(stored)}" + (f", {ratio:.2f} to 1" if ratio else ""))
+    print(f"{len(rows)} checkpoints: logical {size(logical)}, distinct {size(distinct)}, stored {size(stored)}")
+    print(", ".join(f"{name} {value:.2f} to 1" for name, value in ratios.items() if value))
     return 0
 
 
@@ -115,9 +117,12 @@ def verify_command(
     objects = wiring.open_folder(store, create=False)
     drawn = secrets.randbits(32) if seed is None else seed
     with _progress(console, in_bytes=True) as advance:
-        told = checking.verify_sample(objects, sample, drawn) if sample else checking.verify(objects, advance=advance)
+        if sample:
+            told = checking.verify_sample(objects, sample, drawn, advance=advance)
+        else:
+            told = checking.verify(objects, advance=advance)
     report: dict[str, Any] = {"store": str(objects), "whole": not told.findings, "checkpoints": told.checkpoints}
-    report |= {"files": told.files, "read_bytes": told.read_bytes, "leaves": told.leaves}
+    report |= {"read_bytes": told.read_bytes, "leaves": told.leaves} | ({} if sample else {"files": told.files})
     if sample:
         shares = [{"damaged": share, "found": checking.detection(share, told.leaves)} for share in (0.1, 0.01, 0.001)]
         report |= {"seed": drawn, "detection": shares}
@@ -491,7 +496,7 @@ class _Owner:
 def _checkpoints(store: Store) -> list[dict[str, Any]]:
     """A row for each checkpoint, by whose it is: runs by segment, pins, then those that nothing refers to."""
     owners, rows = _owners(store)
-    found = [bytes.fromhex(one.key.removeprefix(CHECKPOINTS)) for one in store.objects.list(CHECKPOINTS)]
+    found = list(filter(None, (root_of(one.key) for one in store.objects.list(CHECKPOINTS))))
     order = [root for root in owners if root in set(found)] + [root for root in found if root not in owners]
     whole: list[Checkpoint] = []
     fresh = []
@@ -505,14 +510,15 @@ def _checkpoints(store: Store) -> list[dict[str, Any]]:
             continue
         whole.append(checkpoint)
         fresh.append({**row, "tensors": len(checkpoint.names), "logical": usage.logical_bytes(checkpoint)})
-    return [{**row, "own": own} for row, own in zip(fresh, usage.own_bytes(whole), strict=True)] + rows
+    own = ({"distinct": logical, "own": stored} for logical, stored in usage.own_bytes(whole))
+    return [{**row, **sizes} for row, sizes in zip(fresh, own, strict=True)] + rows
 
 
-_EMPTY = dict.fromkeys(("of", "segment", "steps", "state", "tensors", "logical", "own"))
+_EMPTY = dict.fromkeys(("of", "segment", "steps", "state", "tensors", "logical", "distinct", "own"))
 
 
 def _owners(store: Store) -> tuple[dict[bytes, _Owner], list[dict[str, Any]]]:
-    """(the first owner of each state root, a row for each run that cannot be read)."""
+    """(the first owner of each state root, a row for each run or pin that cannot be read)."""
     owners: dict[bytes, _Owner] = {}
     damaged = []
     for run in run_names(store):
@@ -527,8 +533,10 @@ def _owners(store: Store) -> tuple[dict[bytes, _Owner], list[dict[str, Any]]]:
         except FailureError as error:
             damaged.append({**_EMPTY, "of": run, "error": str(error)})
     for name in store.names(PINS):
-        if value := store.read(name):
-            owners.setdefault(decode(Pin, value).state, _Owner(name=name.removeprefix(PINS)))
+        try:
+            owners.setdefault(decode(Pin, store.read(name) or b"").state, _Owner(name=name.removeprefix(PINS)))
+        except FailureError as error:
+            damaged.append({**_EMPTY, "of": name, "error": str(error)})
     return owners, damaged
 
 

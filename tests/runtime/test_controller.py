@@ -256,6 +256,31 @@ def test_a_fault_after_a_full_segment_still_commits_it() -> None:
     assert [segment.index for segment in History.open(store, "tiny").segments()] == [0]
 
 
+def test_a_fault_beside_a_save_that_fails_still_marks_the_run() -> None:
+    full = False
+
+    def before(method: str, key: str) -> None:
+        if full and method == "create" and key.startswith("packs/"):
+            raise FailureError(f"writing {key}: disk full; free space")
+
+    store = Store(FaultyObjects(MemoryObjects(), before=before))
+    job = tiny_job(store)
+    train(store, job, stop_before=0)
+
+    class Faulty(StageWorker):
+        def reduce(self, step: int, *bundles: object) -> object:  # type: ignore[override]
+            nonlocal full
+            full = step >= 1  # the save of the first segment fails, and so does the step behind which it runs
+            if step == 2:
+                raise FailureError("a host is gone; start another")
+            return super().reduce(step, *bundles)  # type: ignore[arg-type]
+
+    with pytest.raises(FailureError, match=r"a host is gone|disk full"):
+        train(store, job, group=workers_of(Faulty))
+    history = History.open(store, "tiny")
+    assert (history.head.status, history.segments()) == ("failed", [])
+
+
 def test_two_controllers_of_one_run_cannot_overwrite_each_other() -> None:
     store = memory_store()
     job = tiny_job(store)

@@ -129,7 +129,7 @@ def test_lease_that_ran_out_lets_no_reference_move(
     store: Store, objects: MemoryObjects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = Clock()
-    monkeypatch.setattr(leases, "_seconds", ours)
+    monkeypatch.setattr(leases, "elapsed", ours)
     with store.writing("a test"):
         store.swap("head", None, store.put(b"old"))
         ours.now += leases.LASTS / 2 + 1
@@ -162,7 +162,7 @@ class Renewals:
 def test_lease_is_renewed(objects: MemoryObjects, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "RENEWED", 0.001)
     ours, renewals = Clock(), Renewals()
-    monkeypatch.setattr(leases, "_seconds", ours)
+    monkeypatch.setattr(leases, "elapsed", ours)
     lease = leases.take(FaultyObjects(objects, before=renewals), "a test")
     for fails in (False, True, True, False):
         renewals.fails = fails

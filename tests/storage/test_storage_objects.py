@@ -612,3 +612,14 @@ def test_unreadable_store_names_the_path(tmp_path: Path, monkeypatch: pytest.Mon
     ):
         with pytest.raises(FailureError, match=f"{tmp_path}.*: Permission denied; give this user access"):
             act()
+
+
+def test_a_reference_whose_listed_entry_is_never_there_is_told() -> None:
+    class Forgets(MemoryObjects):
+        def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes | None:
+            return None if key.startswith("refs/") else super().read(key, start, stop)
+
+    store = Store(Forgets())
+    store.objects.create("refs/runs%2Fa/000000000001", b"entry")
+    with pytest.raises(FailureError, match=r"reference runs/a: .* lists entry 1 and does not have it, 5 times; check"):
+        store.read("runs/a")

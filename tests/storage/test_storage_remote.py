@@ -153,6 +153,21 @@ def test_gives_up_at_the_deadline(name: str) -> None:
     assert isinstance(caught.value.__cause__, OSError)
 
 
+def test_a_server_that_never_answered_is_given_up_soon() -> None:
+    silence = [ConnectionRefusedError()] * 999
+    clock = Clock()
+    with pytest.raises(FailureError, match="check the network"):
+        over(Flaky(*silence), clock).read("a")
+    assert 10 <= clock.now <= 20
+    files, clock = Flaky(), Clock()
+    objects = over(files, clock)
+    assert objects.read("a") is None
+    files.faults = silence
+    with pytest.raises(FailureError, match="check the network"):
+        objects.read("a")
+    assert clock.now >= 105
+
+
 def test_slow_requests_have_three_tries() -> None:
     files = Flaky(*[TimeoutError()] * 3)
     with pytest.raises(FailureError, match="gave up after 3 tries"):

@@ -13,6 +13,9 @@ from safetensors.numpy import load_file, save_file
 from runtime.segments import History
 from runtime.testing import tiny_job, train
 from storage.checkpoints import load_state
+from storage.codec import encode
+from storage.records import Pin
+from storage.saving import save_state
 from storage.store import open_store
 from trueweight.cli import main
 
@@ -67,10 +70,20 @@ def test_ls_and_du(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     usage = told(capsys, "du", "--store", folder)
     assert usage["logical"] == sum(row["logical"] for row in rows)
     assert usage["ratio"] == pytest.approx(usage["logical"] / usage["stored"])
+    assert usage["dedup"] == pytest.approx(usage["logical"] / usage["distinct"])
+    assert usage["dedup"] == 1
     files = {one["kind"]: one["files"] for one in usage["kinds"]}
     assert files["packs"] == files["manifests"] == 4
     assert main(["store", "ls", "--store", str(folder)]) == main(["store", "du", "--store", str(folder)]) == 0
-    assert "4 checkpoints of" in capsys.readouterr().out
+    assert "4 checkpoints: logical" in capsys.readouterr().out
+    store = open_store(str(folder), create=False)
+    state = load_state(store, history.segments()[-1].poststate)
+    other = save_state(store, state | {"one more": np.ones(100, np.float32)}, base=history.segments()[-1].poststate)
+    store.swap("pins/other", None, encode(Pin(state=other)))
+    more = told(capsys, "du", "--store", folder)
+    assert more["logical"] == usage["logical"] + rows[0]["logical"] + 400
+    assert more["distinct"] == usage["distinct"] + 400
+    assert more["dedup"] == pytest.approx(more["logical"] / more["distinct"])
 
 
 def test_verify_finds_and_repair_mends(folder: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
