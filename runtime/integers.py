@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from storage.errors import FailureError
+from runtime.places import StepFault
 
 LIMIT = 2**63
 
@@ -55,11 +55,11 @@ class ExactSum:
         return ExactSum(self.value[span], bound=self.bound, carry=None if self.carry is None else self.carry[span])
 
     def total(self) -> np.ndarray:
-        """The true sum; FailureError naming the first element whose magnitude reaches 2**63 (a gradient of 2**19)."""
+        """The true sum; StepFault naming the first element whose magnitude reaches 2**63 (a gradient of 2**19)."""
         if self.carry is not None:
             outside = np.flatnonzero((self.carry != 0) | (self.value == -LIMIT))
             if outside.size:
-                raise FailureError(
+                raise StepFault(
                     f"gradient overflow at element {outside[0]}: expected a sum below 2^19 in magnitude; lower the "
                     f"recipe's learning rate or scale of the loss and start a new run"
                 )

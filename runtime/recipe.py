@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from runtime.families import (
     FAMILIES,
@@ -176,6 +176,9 @@ class Recipe(Section):
 
     name: str = field(metadata=about("what runs of it are called: lower-case letters, digits, '.', '_', '-'"))
     seed: int = field(default=1, metadata=about("key of every random word", low=0, high=2**64 - 1))
+    faults: bool = field(
+        default=False, metadata=about("whether `trueweight run --inject` may spoil runs, which proves nothing of them")
+    )
     model: ModelConfig = field(metadata=about("the model"))
     data: DataConfig = field(metadata=about("the data"))
     training: TrainingConfig = field(metadata=about("the training"))
@@ -207,6 +210,11 @@ class Recipe(Section):
         if 0 < model.context < self.data.context:
             expected = f"0 or at least [data] context = {self.data.context}"
             raise model.refusal("context", expected, model.context, "leave context out to take the data's")
+
+    def as_json(self) -> dict[str, Any]:
+        """The recipe as JSON values; `faults` only where it is true."""
+        made = super().as_json()
+        return made if self.faults else {key: value for key, value in made.items() if key != "faults"}
 
     def canonical(self) -> bytes:
         """The recipe's one encoding: JSON in UTF-8, keys sorted, no spaces.

@@ -147,7 +147,7 @@ def train_step(
 
     Raises StepFault where an operator refuses a value; the crew's state is worth nothing then.
     """
-    losses = _forward_backward(crew, step, batch)
+    losses = forward_backward(crew, step, batch, range(len(crew.plan.units)))
     exponent, gradient_root = _reduce(crew, step)
     loss = sum(crew.group.get(losses))
     squares = sum(crew.gather("squares", exponent))
@@ -167,24 +167,25 @@ def train_step(
     return record, receipts
 
 
-def _forward_backward(crew: Crew, step: int, batch: Batch) -> list[Handle]:
-    """Every micro-batch forward through the stages, then backward (GPipe); handles of the losses."""
+def forward_backward(crew: Crew, step: int, batch: Batch, micro_batches: Sequence[int]) -> list[Handle]:
+    """Some micro-batches forward through the stages, then backward (GPipe); handles of the losses."""
     plan, call = crew.plan, crew.group.call
     last = len(plan.stages) - 1
-    parts = [batch.micro_batch(m, len(plan.units)) for m in range(len(plan.units))]
-    values: list[Any] = [part.inputs for part in parts]
+    units = [(m, plan.units[m]) for m in micro_batches]
+    parts = {m: batch.micro_batch(m, len(plan.units)) for m in micro_batches}
+    values: dict[int, Any] = {m: part.inputs for m, part in parts.items()}
     for stage in range(last):
-        for m, replica in enumerate(plan.units):
+        for m, replica in units:
             values[m] = call(plan.worker(stage, replica), "forward", step, m, values[m])
     losses = []
-    for m, replica in enumerate(plan.units):
+    for m, replica in units:
         worker = plan.worker(last, replica)
         loss, values[m] = call(worker, "last", step, m, values[m], parts[m].targets, returns=2)
         losses.append(loss)
     for stage in reversed(range(last)):
-        for m, replica in enumerate(plan.units):
+        for m, replica in units:
             values[m] = call(plan.worker(stage, replica), "backward", step, m, values[m])
-    crew.group.get(values)  # all None: a fault shows here
+    crew.group.get(list(values.values()))  # all None: a fault shows here
     return losses
 
 

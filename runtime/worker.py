@@ -5,9 +5,8 @@ integers (`runtime.integers`), so it is free who adds what, and when.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,14 @@ import numpy as np
 
 from runtime.groups import WorkerConfig
 from runtime.integers import ExactSum, sum_exactly
-from runtime.program.executor import ArithmeticFault, Executor
+from runtime.places import StepFault, at
+from runtime.program.executor import Executor
 from runtime.program.training import TrainingProgram
 from runtime.shards import GRADIENT, WEIGHT, Chunk, make_layout
 from storage import merkle
-from storage.codec import decode, encode
-from storage.errors import FailureError
+from storage.codec import NO_DIGEST, decode, encode
 from storage.identity import Identity, load_or_create, sign_receipt
-from storage.records import Receipt, TensorEntry
+from storage.records import Receipt, TensorEntry, UnitRecord
 
 Bundle = dict[Chunk, Any]
 """What one worker sends another: gradient sums or new weights by chunk."""
@@ -34,10 +33,6 @@ KEPT_MICRO_BATCHES = 2
 """For so many micro-batches at a time a worker keeps what backward needs of forward; for others it is made again."""
 
 
-class StepFault(FailureError):
-    """An operator met a NaN, an infinity or an overflow: names step, place, operator and element."""
-
-
 class StageWorker:
     """One replica of one stage. Weights of its blocks are whole; optimiser slots are only those of its own chunks."""
 
@@ -45,6 +40,7 @@ class StageWorker:
         self, *, config: WorkerConfig, program: TrainingProgram, executor: Executor, identity: Identity | None = None
     ) -> None:
         self._id = config.worker
+        self._plan = config.plan
         self._program = program
         self._executor = executor
         self._identity = identity
@@ -66,10 +62,14 @@ class StageWorker:
         self._sums: dict[int, ExactSum] = {}
         self._memory: dict[int, np.ndarray] = {}
         """Where sums are kept, step after step: what `gradients` handed out is used up when the next step begins."""
-        self._units: list[int] = []
+        self._units: dict[int, dict[str, bytes]] = {}
+        """Digests of what came in and went out for each micro-batch of `_step`."""
+        self._step = -1
         self._totals: dict[Chunk, Any] = {}
         self._gradient_root = merkle.EMPTY_ROOT
         self._sum_roots: dict[Chunk, bytes] = {}
+        self._exponent = self._square = 0
+        self._reduced_root = self._updated_root = merkle.EMPTY_ROOT
         self._hashers = ThreadPoolExecutor(config.threads or os.cpu_count() or 1)
 
     # ------------------------------------------------------------------------------------------------------- state
@@ -79,7 +79,7 @@ class StageWorker:
         for chunk in self._layout.owned(self._id):
             program = self._program.init_program(chunk.tensor, self._layout.length(chunk))
             rng = self._rng(step=0, micro_batch=0, place=chunk.tensor, offset=chunk.offset)
-            with _located(f"initial weights of {self._layout.names[chunk.tensor]}"):
+            with at(f"initial weights/{self._place(chunk)}"):
                 self._weights[chunk.tensor][self._layout.span(chunk)] = self._arrays(program, [rng])[0]
         for array in self._slots.values():
             array[:] = 0
@@ -88,6 +88,7 @@ class StageWorker:
     def load(self, key: str, tensor: int, array: np.ndarray) -> None:
         """Take a whole tensor: weights are kept whole, an optimiser slot only in the chunks that this worker owns."""
         flat = np.asarray(array, np.float32).reshape(-1)
+        self._step = -1
         if key == WEIGHT:
             self._weights[tensor][:] = flat
             self._renew()
@@ -107,19 +108,33 @@ class StageWorker:
 
     def forward(self, step: int, micro_batch: int, x: np.ndarray) -> np.ndarray:
         """The stage's output for one micro-batch; its blocks' inputs are kept for `backward`."""
-        return self._executor.get(self._forward(step, micro_batch, x))
+        y = self._executor.get(self._forward(step, micro_batch, x))
+        self._note(step, micro_batch, x=x, y=y)
+        return y
 
     def last(self, step: int, micro_batch: int, x: np.ndarray, target: np.ndarray) -> tuple[int, np.ndarray | None]:
         """The last stage in one go: (mean loss x 2**44, gradient of the stage's input, None for the first stage)."""
         y = self._forward(step, micro_batch, x)
-        with _located(f"step {step}, micro-batch {micro_batch}, loss"):
+        with at(f"step {step}/micro-batch {micro_batch}/loss"):
             loss, dy = self._executor.run(self._program.loss, [y, self._executor.put(target)])
         del y  # of a language model's head the largest array of all
-        return int(self._executor.get(loss)), self._backward(step, micro_batch, dy)
+        total = self._executor.get(loss)
+        dx = self._backward(step, micro_batch, dy)
+        self._note(step, micro_batch, x=x, y=total, dx=dx)
+        return int(total), dx
 
     def backward(self, step: int, micro_batch: int, dy: np.ndarray) -> np.ndarray | None:
         """The gradient of the stage's input (None for the first); the weights' gradients join this worker's sums."""
-        return self._backward(step, micro_batch, self._executor.put(dy))
+        dx = self._backward(step, micro_batch, self._executor.put(dy))
+        self._note(step, micro_batch, dy=dy, dx=dx)
+        return dx
+
+    def _note(self, step: int, micro_batch: int, **arrays: np.ndarray | None) -> None:
+        """Keep the digests of what came in or went out for the step's receipt."""
+        if step != self._step:
+            self._step, self._units = step, {}
+        noted = self._units.setdefault(micro_batch, {})
+        noted |= {name: merkle.bytes_root(array.data) for name, array in arrays.items() if array is not None}
 
     def _forward(self, step: int, micro_batch: int, x: np.ndarray) -> Any:
         kept = self._kept[micro_batch] = []
@@ -127,7 +142,7 @@ class StageWorker:
         for block in self._blocks:
             kind, parameters = self._program.kind_of(block), self._parameters(block)
             arguments = [*parameters, handle, self._block_rng(step, micro_batch, block)]
-            with _located(f"step {step}, micro-batch {micro_batch}, block {block} forward"):
+            with at(f"step {step}/micro-batch {micro_batch}/block {block}/forward"):
                 if len(self._kept) > KEPT_MICRO_BATCHES:
                     made, saved = self._executor.run(kind.forward, arguments, stable=len(parameters)), None
                 else:
@@ -142,16 +157,16 @@ class StageWorker:
             names = self._program.blocks[block].tensors
             kind, parameters, (x, saved) = self._program.kind_of(block), self._parameters(block), kept.pop()
             arguments = [*parameters, x, self._block_rng(step, micro_batch, block), dy]
-            with _located(f"step {step}, micro-batch {micro_batch}, block {block} backward"):
+            with at(f"step {step}/micro-batch {micro_batch}/block {block}/backward"):
                 sums = self._open_sums(names, kind.gradient_bounds)
                 results = self._executor.backward(
                     kind.forward, kind.backward, arguments, saved, sums, stable=len(parameters)
                 )
             if not sums:
-                for name, gradient in zip(names, results[len(results) - len(names) :], strict=True):
-                    self._sum(self._index[name]).add(ExactSum(self._executor.get(gradient).reshape(-1)))
+                made = [self._executor.get(gradient) for gradient in results[len(results) - len(names) :]]
+                with at(f"step {step}/micro-batch {micro_batch}/block {block}/sum"):
+                    self._add(names, made)
             dy = results[0] if len(results) > (0 if sums else len(names)) else None
-        self._units.append(micro_batch)
         return None if dy is None or not self._stage else self._executor.get(dy)
 
     def _sum(self, tensor: int) -> ExactSum:
@@ -162,6 +177,11 @@ class StageWorker:
             self._memory[tensor].fill(0)
             self._sums[tensor] = ExactSum(self._memory[tensor], bound=0)
         return self._sums[tensor]
+
+    def _add(self, names: Sequence[str], gradients: Sequence[np.ndarray]) -> None:
+        """Add a unit's gradients of some tensors to the step's sums."""
+        for name, gradient in zip(names, gradients, strict=True):
+            self._sum(self._index[name]).add(ExactSum(gradient.reshape(-1)))
 
     def _open_sums(self, names: Sequence[str], bounds: Sequence[int | None]) -> list[np.ndarray]:
         """The arrays that a backward pass may add its gradients to unseen; none where one could leave its range."""
@@ -185,7 +205,7 @@ class StageWorker:
     def _evaluate(self, x: np.ndarray) -> Any:
         handle = self._executor.put(x)
         for block in self._blocks:
-            with _located(f"validation, block {block}"):
+            with at(f"validation/block {block}"):
                 program, parameters = self._program.kind_of(block).evaluate, self._parameters(block)
                 (handle,) = self._executor.run(program, [*parameters, handle], stable=len(parameters))
         return handle
@@ -224,24 +244,28 @@ class StageWorker:
         for chunk in owned:
             length = self._layout.length(chunk)
             parts = [bundle[chunk] for bundle in bundles if chunk in bundle]
-            with _located(f"step {step}, gradient of {self._layout.names[chunk.tensor]}"):
+            with at(f"step {step}/reduce/{self._place(chunk)}"):
                 self._totals[chunk] = self._executor.put(sum_exactly(parts, length).total())
                 (exponent,) = self._executor.run(self._program.exponent_program(length), [self._totals[chunk]])
             exponents.append(int(self._executor.get(exponent)))
+        self._exponent = max(exponents, default=0)
         alone = {chunk for chunk in owned if self._layout.holders(chunk) == (self._id,) and chunk in self._sum_roots}
         others = [chunk for chunk in owned if chunk not in alone]
         roots = {(GRADIENT, chunk): self._sum_roots[chunk] for chunk in alone}
         fresh = self._roots([self._executor.get(self._totals[chunk]) for chunk in others])
         roots |= {(GRADIENT, chunk): root for chunk, root in zip(others, fresh, strict=True)}
-        return max(exponents, default=0), roots
+        self._reduced_root = merkle.list_root([roots[GRADIENT, chunk] for chunk in owned])
+        return self._exponent, roots
 
     def squares(self, exponent: int) -> int:
         """The sum of squares of the owned gradient on the grid of `exponent`, the largest one of all workers."""
         e = self._executor.put(np.array(exponent, np.int32))
         total = 0
         for chunk, gradient in self._totals.items():
-            (square,) = self._executor.run(self._program.square_program(self._layout.length(chunk)), [gradient, e])
+            with at(f"step {self._step}/square/{self._place(chunk)}"):
+                (square,) = self._executor.run(self._program.square_program(self._layout.length(chunk)), [gradient, e])
             total += int(self._executor.get(square))
+        self._square = total
         return total
 
     def update(self, step: int, total: int, exponent: int) -> tuple[Any, ...]:
@@ -256,7 +280,7 @@ class StageWorker:
             weight = self._weights[chunk.tensor][self._layout.span(chunk)]
             state = [weight, *(self._slots[slot, chunk] for slot in self._program.slots)]
             handles = [self._executor.put(array) for array in state]
-            with _located(f"step {step}, update of {self._layout.names[chunk.tensor]}"):
+            with at(f"step {step}/update/{self._place(chunk)}"):
                 results = self._arrays(program, [*handles, self._totals.pop(chunk), *scalars])
                 _finite(results, (WEIGHT, *self._program.slots), chunk.offset)
             for array, result in zip(state, results, strict=True):
@@ -274,20 +298,29 @@ class StageWorker:
 
     def receipt(self, run: bytes, step: int) -> bytes:
         """The encoded, signed receipt of what this worker did in the step; b"" for a worker without a key."""
-        units, self._units = tuple(sorted(self._units)), []
-        if self._identity is None:
-            return b""
-        receipt = Receipt(
+        return b"" if self._identity is None else encode(sign_receipt(self._identity, self._claim(run, step)))
+
+    def claim(self, run: bytes, step: int) -> bytes:
+        """The encoded receipt without its signature: what a replay compares with a signed one."""
+        return encode(self._claim(run, step))
+
+    def _claim(self, run: bytes, step: int) -> Receipt:
+        given = {"x": NO_DIGEST, "y": NO_DIGEST, "dy": NO_DIGEST, "dx": NO_DIGEST}
+        return Receipt(
             run=run,
             step=step,
             worker=self._id,
-            address=self._identity.address,
-            stage=self._stage,
-            units=units,
+            address=self._identity.address if self._identity else bytes(20),
+            bounds=self._plan.bounds,
+            replicas=self._plan.replicas,
+            units=tuple(UnitRecord(micro_batch=m, **given | noted) for m, noted in sorted(self._units.items())),
             gradient_root=self._gradient_root,
+            exponent=self._exponent,
+            reduced_root=self._reduced_root,
+            square=self._square,
+            updated_root=self._updated_root,
             signature=b"",
         )
-        return encode(sign_receipt(self._identity, receipt))
 
     def _renew(self) -> None:
         """Nothing that was made from weights or shares memory with them is used again: they change in place."""
@@ -298,6 +331,7 @@ class StageWorker:
         weights = {c: self._weights[c.tensor][self._layout.span(c)] for c in self._layout.owned(self._id)}
         arrays = {**{(WEIGHT, chunk): array for chunk, array in weights.items()}, **self._slots}
         roots: ChunkRoots = dict(zip(arrays, self._roots(list(arrays.values())), strict=True))
+        self._updated_root = merkle.list_root([roots[key] for key in sorted(roots)])
         bundles = (
             {chunk: weights[chunk] for chunk in self._layout.shared(self._id, holder)}
             for holder in self._layout.holders_of(self._id)
@@ -305,6 +339,9 @@ class StageWorker:
         return roots, *bundles
 
     # ----------------------------------------------------------------------------------------------- executor's side
+
+    def _place(self, chunk: Chunk) -> str:
+        return f"{self._layout.names[chunk.tensor]}/{chunk.part}"
 
     def _arrays(self, program: Any, inputs: Sequence[Any]) -> list[np.ndarray]:
         return [self._executor.get(result) for result in self._executor.run(program, inputs)]
@@ -326,27 +363,15 @@ class StageWorker:
 
 
 def _finite(arrays: Sequence[np.ndarray], names: Sequence[str], offset: int) -> None:
-    """FailureError naming the first NaN or infinite element of a new state; `offset` is where its chunk starts."""
+    """StepFault naming the first NaN or infinite element of a new state; `offset` is where its chunk starts."""
     for name, array in zip(names, arrays, strict=True):
         bad = ~np.isfinite(array)
         if bad.any():
             element = int(bad.argmax())
-            raise FailureError(
+            raise StepFault(
                 f"{name} became {array[element]} at element {offset + element}, expected a finite number; "
                 "lower the learning rate or clip the gradient"
             )
-
-
-@contextmanager
-def _located(where: str) -> Iterator[None]:
-    """Say where in the step an operator or a sum failed."""
-    try:
-        yield
-    except ArithmeticFault as fault:
-        remedy = "the same happens on every machine: lower the learning rate or clip the gradient, in a new run"
-        raise StepFault(f"{where}: {fault}; {remedy}") from fault
-    except FailureError as error:
-        raise StepFault(f"{where}: {error}") from error
 
 
 def worker_builder(

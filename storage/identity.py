@@ -10,6 +10,7 @@ import stat
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, TypeVar
 
 from eth_keys.backends.coincurve import CoinCurveECCBackend
 from eth_keys.constants import SECPK1_N
@@ -21,6 +22,8 @@ from storage.codec import encode
 from storage.errors import IntegrityError, UsageError
 from storage.files import file_failure, make_folder, write_whole
 from storage.records import Receipt
+
+T = TypeVar("T")
 
 RECEIPT_DOMAIN = b"trueweight-receipt-v1\0"
 _BACKEND = CoinCurveECCBackend()
@@ -79,24 +82,41 @@ def recover(digest: bytes, signature: bytes) -> bytes:
         raise IntegrityError(f"signature over {name}: {error}; reject what it signs", digest=name) from error
 
 
+def message(domain: bytes, record: Any) -> bytes:
+    """The 32 bytes that are signed: SHA-256 of the domain and everything in the record but its `signature`."""
+    return sha256(domain + encode(dataclasses.replace(record, signature=b""))).digest()
+
+
+def sign(identity: Identity, domain: bytes, record: T) -> T:
+    """The record with the identity's signature; ValueError where its `address` is another."""
+    address: bytes = record.address  # type: ignore[attr-defined]
+    if address != identity.address:
+        raise ValueError(f"{type(record).__name__}: expected address {identity.address.hex()}, got {address.hex()}")
+    return dataclasses.replace(record, signature=identity.sign(message(domain, record)))  # type: ignore[type-var]
+
+
+def signed(domain: bytes, record: Any) -> bool:
+    """Whether the record's `signature` is by the key of its `address`."""
+    address: bytes = record.address
+    try:
+        return recover(message(domain, record), record.signature) == address
+    except IntegrityError:
+        return False
+
+
 def receipt_message(receipt: Receipt) -> bytes:
     """The 32 bytes that the worker signs: everything in the receipt but the signature."""
-    return sha256(RECEIPT_DOMAIN + encode(dataclasses.replace(receipt, signature=b""))).digest()
+    return message(RECEIPT_DOMAIN, receipt)
 
 
 def sign_receipt(identity: Identity, receipt: Receipt) -> Receipt:
     """The receipt with the identity's signature; ValueError where it states another address."""
-    if receipt.address != identity.address:
-        raise ValueError(f"receipt: expected address {identity.address.hex()}, got {receipt.address.hex()}")
-    return dataclasses.replace(receipt, signature=identity.sign(receipt_message(receipt)))
+    return sign(identity, RECEIPT_DOMAIN, receipt)
 
 
 def receipt_signer_ok(receipt: Receipt) -> bool:
     """Whether the receipt is signed by the key of the address that it states."""
-    try:
-        return recover(receipt_message(receipt), receipt.signature) == receipt.address
-    except IntegrityError:
-        return False
+    return signed(RECEIPT_DOMAIN, receipt)
 
 
 def _load(path: Path) -> Identity:

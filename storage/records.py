@@ -52,17 +52,42 @@ class StepRecord:
             raise ValueError(f"step {self.step}: expected 0 or 4 validation values, got {len(self.validation)}")
 
 
-@record(kind=3)
+@record(kind=12)
+class UnitRecord:
+    """One micro-batch through one stage: `merkle.bytes_root` of what came in and what went out, forward and backward.
+
+    `x` of the first stage is the batch's inputs, `y` of the last one the mean loss x 2**44 as an i64. The last stage
+    makes its own `dy` and the first one has no `dx`: these are `NO_DIGEST`.
+    """
+
+    micro_batch: U32
+    x: Digest
+    y: Digest
+    dy: Digest
+    dx: Digest
+
+
+@record(kind=3, version=2)
 class Receipt:
-    """What one worker says it did in one step, signed by its key; `signature` is empty until then."""
+    """What one worker says it did in one step, signed by its key; `signature` is empty until then.
+
+    `bounds` and `replicas` are of the plan that it worked under, and with its id tell its blocks and chunks. Roots are
+    over its own gradient sums, over the chunks of the whole gradient that it owns, and over those of the state that it
+    made from them; `exponent` and `square` are what it said of the owned gradient.
+    """
 
     run: Digest
     step: U64
     worker: str
     address: Address
-    stage: U32
-    units: tuple[U32, ...]
+    bounds: tuple[U32, ...]
+    replicas: U32
+    units: tuple[UnitRecord, ...]
     gradient_root: Digest
+    exponent: I64
+    reduced_root: Digest
+    square: I64
+    updated_root: Digest
     signature: bytes
 
     def __post_init__(self) -> None:

@@ -7,8 +7,8 @@ missing or damaged object, a full memory, a program that this version cannot rea
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
+from runtime.places import StepFault
 from runtime.segments import History
-from runtime.worker import StepFault
 from storage import merkle
 from storage.codec import decode
 from storage.errors import TrueweightError, UsageError

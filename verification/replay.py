@@ -9,52 +9,68 @@ from runtime.data import open_dataset
 from runtime.executors import reference
 from runtime.feed import Feed
 from runtime.groups import LocalGroup
-from runtime.plan import make_plan
+from runtime.plan import Plan, make_plan
 from runtime.program.training import TrainingProgram
 from runtime.recipe import decode_recipe
 from runtime.transition import Crew, assemble, initialise, restore, train_step
 from runtime.worker import worker_builder
 from storage.checkpoints import load_state
-from storage.records import RunRecord, StepRecord
+from storage.codec import decode
+from storage.records import Receipt, RunRecord, StepRecord
 from storage.store import Store
 
 Build = Callable[[bytes], object]
 
 
 class Replay:
-    """A run's recipe, data and programs on one worker in this process; it holds one state at a time.
+    """A run's recipe, data and programs on workers in this process, one unless `plan` says more; it holds one state.
 
     Raises MissingObject or IntegrityError naming an object that the store lacks or that is damaged.
     """
 
-    def __init__(self, store: Store, run: RunRecord, *, threads: int = 1, build: Build | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        run: RunRecord,
+        *,
+        threads: int = 1,
+        build: Build | None = None,
+        plan: Plan | None = None,
+        keys: str = "",
+    ) -> None:
         self._store = store
         recipe = decode_recipe(store.get(run.recipe))
         self.feed = Feed(recipe=recipe, dataset=open_dataset(store, run.data))
         programs = store.get(run.programs)
         program = TrainingProgram.decode(programs)
+        self.program = program
         self.program_root = program.root
-        self._crew: Crew = assemble(
+        self.crew: Crew = assemble(
             LocalGroup(build or worker_builder(reference)),
-            plan=make_plan(blocks=len(program.blocks), micro_batches=program.micro_batches),
+            plan=plan or make_plan(blocks=len(program.blocks), micro_batches=program.micro_batches),
             program=program,
             programs=programs,
             seed=recipe.seed,
-            keys="",
+            keys=keys,
             threads=threads,
         )
 
     def initial(self) -> bytes:
         """The root of the initial state, which is computed and held from now on."""
-        return initialise(self._crew)
+        return initialise(self.crew)
 
     def load(self, state: bytes) -> None:
         """Hold the stored state of that root, with every frame of it checked."""
-        restore(self._crew, load_state(self._store, state))
+        restore(self.crew, load_state(self._store, state))
 
     def step(self, step: int) -> StepRecord:
-        """The record of one step, without events and receipts; the next state is held from now on."""
+        """The record of one step, without events; the next state is held from now on."""
         record, _ = train_step(
-            self._crew, run=bytes(32), step=step, batch=self.feed.batch(step), validation=self.feed.validation(step)
+            self.crew, run=bytes(32), step=step, batch=self.feed.batch(step), validation=self.feed.validation(step)
         )
         return record
+
+    def claims(self, run: bytes, step: int) -> dict[str, Receipt]:
+        """What each worker has to say of the step that was just made, unsigned."""
+        claims = self.crew.gather("claim", run, step)
+        return {worker: decode(Receipt, claim) for worker, claim in zip(self.crew.workers, claims, strict=True)}

@@ -13,8 +13,11 @@ from storage.errors import FailureError
 Handle = Any
 """An array in an executor's own form; only the executor that made it can read it."""
 
-Observer = Callable[[int, np.ndarray], None]
-"""Called with an operator's number and its output, in order: how a traced run reports every operator."""
+Observer = Callable[[int, np.ndarray], np.ndarray | None]
+"""Called with an operator's number and its output, in order: how a traced run reports every operator.
+
+An array that it returns takes the output's place: how faults are injected.
+"""
 
 
 class ArithmeticFault(FailureError):

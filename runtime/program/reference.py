@@ -213,7 +213,9 @@ class ReferenceExecutor:
                     spent = time.perf_counter() - started
                     self._profile[op.name] = self._profile.get(op.name, 0.0) + spent
                 if observe is not None:
-                    observe(number, self.get(values[first + number]))
+                    changed = observe(number, self.get(values[first + number]))
+                    if changed is not None:
+                        values[first + number] = self.put(changed)
                 for dead in program.last_use[number]:
                     del values[dead]
         return [values[i] for i in program.outputs]

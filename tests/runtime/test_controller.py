@@ -121,8 +121,15 @@ def test_receipts_are_signed_and_cover_every_unit(tmp_path: Path) -> None:
     assert len(receipts) == 8
     assert all(receipt_signer_ok(receipt) and receipt.run == history.run_digest for receipt in receipts)
     for stage in (0, 1):
-        units = [receipt.units for receipt in receipts if (receipt.step, receipt.stage) == (1, stage)]
+        units = [
+            tuple(unit.micro_batch for unit in receipt.units)
+            for receipt in receipts
+            if receipt.step == 1 and receipt.worker.startswith(f"s{stage}")
+        ]
         assert units == [(0, 1, 3), (2,)]
+    first, second = ({u.micro_batch: u for r in receipts[4:] if r.worker[1] == s for u in r.units} for s in "01")
+    assert all(first[m].y == second[m].x and first[m].dy == second[m].dx for m in range(4))
+    assert all(first[m].dx == second[m].dy == NO_DIGEST for m in range(4))
     assert len({receipt.gradient_root for receipt in receipts}) == 8
 
 
@@ -140,7 +147,7 @@ class FaultyWorker(StageWorker):
 def test_a_fault_names_step_and_place_and_leaves_the_last_checkpoint(reference_run: tuple[Ended, History]) -> None:
     store = memory_store()
     job = tiny_job(store)
-    with pytest.raises(FailureError, match=r"step 3, gradient of .*: gradient overflow at element 0"):
+    with pytest.raises(FailureError, match=r"step 3/reduce/.*: gradient overflow at element 0"):
         train(store, job, group=workers_of(FaultyWorker))
     history = History.open(store, "tiny")
     assert history.head.status == "failed"
@@ -161,7 +168,7 @@ class Exploding(StageWorker):
 def test_a_state_that_is_not_finite_is_never_committed() -> None:
     store = memory_store()
     job = tiny_job(store)
-    with pytest.raises(FailureError, match=r"step 3, update of .*: v became inf at element 5"):
+    with pytest.raises(FailureError, match=r"step 3/update/.*: v became inf at element 5"):
         train(store, job, group=workers_of(Exploding))
     assert [segment.index for segment in History.open(store, "tiny").segments()] == [0]
 

@@ -10,12 +10,14 @@ from eth_keys.constants import SECPK1_N
 from hypothesis import given
 from hypothesis import strategies as st
 
+from storage.codec import NO_DIGEST
 from storage.errors import IntegrityError, UsageError
 from storage.identity import Identity, load_or_create, receipt_message, receipt_signer_ok, recover, sign_receipt
-from storage.records import Receipt
+from storage.records import Receipt, UnitRecord
 
 IDENTITY = Identity((1).to_bytes(32, "big"))
 OTHER = Identity((2).to_bytes(32, "big"))
+UNIT = UnitRecord(micro_batch=0, x=b"x" * 32, y=b"y" * 32, dy=b"d" * 32, dx=NO_DIGEST)
 RECEIPT = sign_receipt(
     IDENTITY,
     Receipt(
@@ -23,9 +25,14 @@ RECEIPT = sign_receipt(
         step=3,
         worker="s0r0",
         address=IDENTITY.address,
-        stage=0,
-        units=(0, 2),
+        bounds=(0, 2, 3),
+        replicas=1,
+        units=(UNIT, dataclasses.replace(UNIT, micro_batch=2)),
         gradient_root=b"g" * 32,
+        exponent=120,
+        reduced_root=b"r" * 32,
+        square=9,
+        updated_root=b"u" * 32,
         signature=b"",
     ),
 )
@@ -87,9 +94,14 @@ def test_receipt_is_signed_over_everything_else() -> None:
         {"step": 4},
         {"worker": "s0r1"},
         {"address": OTHER.address},
-        {"stage": 1},
-        {"units": (0,)},
+        {"bounds": (0, 1, 3)},
+        {"replicas": 2},
+        {"units": (UNIT,)},
         {"gradient_root": b"x" * 32},
+        {"exponent": 121},
+        {"reduced_root": b"x" * 32},
+        {"square": 8},
+        {"updated_root": b"x" * 32},
         {"signature": b""},
         {"signature": OTHER.sign(receipt_message(RECEIPT))},
     ):

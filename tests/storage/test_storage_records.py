@@ -16,6 +16,7 @@ from storage.merkle import EMPTY_ROOT
 
 A, B, C, D, E, F, G = (bytes([letter]) * 32 for letter in b"abcdefg")
 ENTRY = records.TensorEntry(name="weight/a", dtype="f32", shape=(2, 3), root=A)
+UNIT = records.UnitRecord(micro_batch=3, x=A, y=B, dy=C, dx=NO_DIGEST)
 
 GOLDEN = {
     records.RunRecord(
@@ -44,11 +45,17 @@ GOLDEN = {
         step=1,
         worker="s0r1",
         address=b"w" * 20,
-        stage=0,
-        units=(1, 3),
+        bounds=(0, 2, 3),
+        replicas=2,
+        units=(UNIT,),
         gradient_root=B,
+        exponent=-1,
+        reduced_root=C,
+        square=7,
+        updated_root=D,
         signature=b"s" * 65,
-    ): "c128512b724feb1b336694b9163fbb93249593f4ab640d0c170e20c3c3197177",
+    ): "658852fce09b426b270c7a783bd8aa7274b70f73bd31fad3ce169fcfb7e5540d",
+    UNIT: "c420232e1f0cc09c7858288ac23baca877e284ed32d361999459c5a284e6a9ad",
     records.SegmentRecord(
         run=A,
         index=1,
@@ -71,7 +78,7 @@ GOLDEN = {
         index=2, first_step=20, state=A, steps=(b"s",), receipts=()
     ): "f68786e6837845743fa0ca6cbe4558cae9cbde342fdd98d1ee657468c62a308d",
 }
-RUN, STEP, RECEIPT, SEGMENT, LIST, _, HEAD, PARTIAL = GOLDEN
+RUN, STEP, RECEIPT, _, SEGMENT, LIST, _, HEAD, PARTIAL = GOLDEN
 DATASET = DatasetRecord(
     kind="tokens",
     vocab=256,
@@ -91,7 +98,7 @@ def test_record_has_its_golden_digest(value: object, expected: str) -> None:
 
 
 def test_kinds_and_versions_are_those_of_the_format_document() -> None:
-    expected = [(1, 2), (2, 1), (3, 1), (4, 2), (5, 1), (6, 1), (9, 1), (10, 2)]
+    expected = [(1, 2), (2, 1), (3, 2), (12, 1), (4, 2), (5, 1), (6, 1), (9, 1), (10, 2)]
     assert [tuple(encode(value)[:2]) for value in GOLDEN] == expected
 
 

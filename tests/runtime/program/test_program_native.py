@@ -19,7 +19,6 @@ from runtime.program.compiler.executor import CompiledExecutor, allocate
 from runtime.program.compiler.runner import clear, combine
 from runtime.program.vectors import FILE, Vector, load
 from runtime.testing import local_group, tiny_job, train
-from runtime.worker import StepFault
 from storage.errors import FailureError
 from storage.native import Library, features, private
 from storage.store import memory_store
@@ -168,7 +167,7 @@ def test_too_little_memory_names_the_block_and_the_remedy(monkeypatch: pytest.Mo
         allocate(2**20, torch.float32)
     monkeypatch.setattr(executors, "_vectors", list)  # they need memory as well
     store = memory_store()
-    with pytest.raises(StepFault, match=r"initial weights of block000\.position: out of memory: expected .* GiB"):
+    with pytest.raises(FailureError, match=r"initial weights/block000\.position/0: out of memory: expected .* GiB"):
         train(store, tiny_job(store), group=local_group(compiled))
 
 
