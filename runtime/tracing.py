@@ -158,10 +158,6 @@ class TracedWorker(StageWorker):
         """Note nothing more, and keep what was noted."""
         self.tracer.scopes = ()
 
-    def drop(self) -> None:
-        """Forget the gradients that were added up so far: the step is not gone through to its end."""
-        self._sums, self._kept = {}, {}
-
     def calls(self) -> tuple[bytes, ...]:
         """The encoded calls that were noted, in order."""
         return tuple(encode(call) for call in self.tracer.calls)

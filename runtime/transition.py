@@ -68,9 +68,17 @@ def initialise(crew: Crew) -> bytes:
 
 def restore(crew: Crew, arrays: Mapping[str, np.ndarray]) -> None:
     """Give the workers a whole state: every `key/tensor` array goes to those that keep it."""
+    missing = sorted(set(crew_names(crew)) - set(arrays))
+    if missing:
+        raise FailureError(f"state: expected the tensors of the run's programs, got a difference in {missing[0]}")
+    place(crew, arrays)
+
+
+def place(crew: Crew, arrays: Mapping[str, np.ndarray]) -> None:
+    """Give the workers some of a state's arrays, `key/tensor`: each goes to those that keep it."""
     names = crew_names(crew)
-    if set(arrays) != set(names):
-        odd = sorted(set(names) ^ set(arrays))
+    if not set(arrays) <= set(names):
+        odd = sorted(set(arrays) - set(names))
         raise FailureError(f"state: expected the tensors of the run's programs, got a difference in {odd[0]}")
     handles = []
     for name, array in arrays.items():

@@ -210,6 +210,10 @@ class StageWorker:
                 (handle,) = self._executor.run(program, [*parameters, handle], stable=len(parameters))
         return handle
 
+    def drop(self) -> None:
+        """Forget the gradients that were added up so far: the step is not gone through to its end."""
+        self._sums, self._kept = {}, {}
+
     # -------------------------------------------------------------------------------------------- reduce and update
 
     def gradients(self) -> tuple[Bundle, ...]:

@@ -21,7 +21,7 @@ from runtime.recipe import load_recipe
 from runtime.segments import FINISHED, History
 from runtime.worker import worker_builder
 from storage.errors import FailureError, TrueweightError, UsageError
-from trueweight import reports, store_cli, wiring
+from trueweight import investigation, pinpoint_cli, reports, store_cli, wiring
 from trueweight.console import console_for, print_json, say, teller, writer
 from trueweight.locks import check_lock, read_lock, write_lock
 from trueweight.training import INTERRUPTED_EXIT, Training, report_end
@@ -39,6 +39,8 @@ app = typer.Typer(
 )
 
 app.add_typer(store_cli.app, name="store")
+app.command("pinpoint")(pinpoint_cli.pinpoint_command)
+app.add_typer(pinpoint_cli.evidence_app, name="evidence")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in TOML.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name; `trueweight runs` lists them.")]
@@ -69,6 +71,9 @@ def run(
     local: Local = False,
     lock: LockFile = None,
     keys: Keys = wiring.KEYS,
+    inject: Annotated[
+        list[str] | None, typer.Option(metavar="FAULT", help="Spoil the run; see docs/pinpoint.md. With --local.")
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Train a recipe. Where and by how many workers changes no bit.
@@ -80,6 +85,7 @@ def run(
     trueweight run recipes/quickstart.toml --replicas 2 --stages 2
     trueweight run recipes/quickstart.toml --lock recipes/quickstart.lock.toml
     trueweight run my.toml --address 10.0.0.1:6379 --replicas 4 --shares 3,3,1,1
+    trueweight run faulty.toml --local --inject kind=skip,step=3,micro_batch=1
     """
     console = console_for(as_json)
     read = load_recipe(recipe)
@@ -96,6 +102,8 @@ def run(
         if expected and lock:
             check_lock(expected, wiring.found_roots(job), lock)
         plan = _plan(job, stages=stages, replicas=replicas, shares=parts)
+        if inject:
+            group = investigation.spoiled(objects, job, plan, inject, local=local, executor=executor)
         training = Training(console=console, store=objects, job=job, keys=keys, threads=threads)
         ended = training.run(group, plan)
     return report_end(console, ended, job, as_json=as_json, store=store, lock=(lock, expected))

@@ -3,7 +3,7 @@
 Nothing of the submitter's is imported. A Program is data, and so is everything else that is read here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from runtime.data import open_dataset
 from runtime.executors import reference
@@ -12,7 +12,8 @@ from runtime.groups import LocalGroup
 from runtime.plan import Plan, make_plan
 from runtime.program.training import TrainingProgram
 from runtime.recipe import decode_recipe
-from runtime.transition import Crew, assemble, initialise, restore, train_step
+from runtime.shards import WEIGHT
+from runtime.transition import Crew, assemble, forward_backward, initialise, place, restore, train_step
 from runtime.worker import worker_builder
 from storage.checkpoints import load_state
 from storage.codec import decode
@@ -62,6 +63,19 @@ class Replay:
     def load(self, state: bytes) -> None:
         """Hold the stored state of that root, with every frame of it checked."""
         restore(self.crew, load_state(self._store, state))
+
+    def load_weights(self, state: bytes) -> None:
+        """Hold the weights of the stored state of that root, which is all that forward and backward take."""
+        place(self.crew, load_state(self._store, state, lambda name: name.startswith(f"{WEIGHT}/")))
+
+    def unit(self, run: bytes, step: int, worker: str, micro_batches: Sequence[int]) -> Receipt:
+        """What a worker has to say of some micro-batches: of its receipt all but what follows from the others' work."""
+        forward_backward(self.crew, step, self.feed.batch(step), micro_batches)
+        group = self.crew.group
+        group.call(worker, "gradients", returns=len(self.crew.layout.owners_for(worker)))
+        (claim,) = group.get([group.call(worker, "claim", run, step)])
+        self.crew.gather("drop")
+        return decode(Receipt, claim)
 
     def step(self, step: int) -> StepRecord:
         """The record of one step, without events; the next state is held from now on."""
