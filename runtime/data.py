@@ -9,6 +9,7 @@ The words are Philox's with purpose 2 and the epoch as the step: operator 0 for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from runtime import corpora, philox, tokenisers
+from runtime import corpora, memory, philox, tokenisers
 from runtime.recipe import DataConfig
 from storage.codec import U32, U64, Link, decode, encode, record
 from storage.errors import IntegrityError, UsageError
@@ -179,6 +180,8 @@ def open_dataset(store: Store, root: bytes) -> Dataset:
     if len(made.shape) != (1 if made.kind == "tokens" else 3) or 0 in (*made.shape, made.vocab):
         raise damaged(root, f"expected the shape of one input, got {made.shape} of {made.vocab}")
     dataset = Dataset(store, root, made)
+    if any(shard.count > SHARD_ITEMS for shard in (*made.training, *made.validation)):
+        raise damaged(root, f"expected at most {SHARD_ITEMS} tokens or images in a shard, got more")
     if dataset.training_examples < 1 or (made.kind == "images" and made.peak < 1):
         raise damaged(root, f"expected examples, got {dataset.training_examples} with a peak of {made.peak}")
     return dataset
@@ -232,6 +235,7 @@ class Dataset:
         Text: i64 [size, context] and the same one token on, i64 [size, context]. Images: f32 [size, channels, height,
         width] of 0 to 1, and labels i64 [size].
         """
+        self.require_memory(size)
         samples = range(step * size, (step + 1) * size)
         return self._gather(self.record.training, [self._start(seed, sample) for sample in samples])
 
@@ -240,8 +244,13 @@ class Dataset:
         count = self.validation_examples
         if not count:
             raise UsageError("validation: expected held-out data, got none; set [data] validation, such as 0.05")
+        self.require_memory(size)
         samples = range(index * size, (index + 1) * size)
         return self._gather(self.record.validation, [sample % count * self.context for sample in samples])
+
+    def require_memory(self, examples: int) -> None:
+        """Returns where this host can hold a batch of so many examples; FailureError otherwise."""
+        memory.require(32 * examples * (1 + math.prod(self.shape)), f"a batch of {examples} examples")
 
     def _start(self, seed: int, sample: int) -> int:
         """Where the sample's window starts in the training data."""
@@ -309,6 +318,7 @@ def total(shards: tuple[Shard, ...]) -> int:
 
 def permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     """A permutation of 0 to count - 1, i64: the stable argsort of Philox words, so that no shuffle has to be agreed."""
+    memory.require(32 * count, f"an order of {count} examples")
     words = philox.words(seed, count, purpose=philox.DATA_ORDER, step=epoch)
     return np.argsort(words, kind="stable").astype(np.int64)
 

@@ -68,8 +68,9 @@ class Fault:
         bits = changed.reshape(-1).view(_INTEGERS[type_of(array).dtype])
         at = self.element % max(bits.size, 1)
         if bits.size:
-            limit = 1 if array.dtype == np.bool_ else 8 * bits.itemsize
-            bits[at] = bits[at] + 1 if self.kind == "ulp" else bits[at] ^ bits.dtype.type(1 << self.bit % limit)
+            truth = array.dtype == np.bool_
+            flipped = bits[at] ^ bits.dtype.type(1 << self.bit % (1 if truth else 8 * bits.itemsize))
+            bits[at] = bits[at] + 1 if self.kind == "ulp" and not truth else flipped
         return changed
 
 

@@ -44,6 +44,7 @@ class Feed:
         if not training.validate_every or (step + 1) % training.validate_every:
             return ()
         size = training.micro_batch
+        self.dataset.require_memory(size * training.validation_batches)
         return tuple(Batch(*self.dataset.validation_batch(i, size)) for i in range(training.validation_batches))
 
     def segment(self, index: int) -> range:

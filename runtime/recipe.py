@@ -177,7 +177,7 @@ class Recipe(Section):
     name: str = field(metadata=about("what runs of it are called: lower-case letters, digits, '.', '_', '-'"))
     seed: int = field(default=1, metadata=about("key of every random word", low=0, high=2**64 - 1))
     faults: bool = field(
-        default=False, metadata=about("whether `trueweight run --inject` may spoil runs, which proves nothing of them")
+        default=False, metadata=about("whether `--inject` may spoil runs, which proves nothing of them")
     )
     model: ModelConfig = field(metadata=about("the model"))
     data: DataConfig = field(metadata=about("the data"))
@@ -263,10 +263,16 @@ def parse_recipe(text: str, source: str = "recipe") -> Recipe:
         raise UsageError(f"{source}: {error}") from error
 
 
+MOST_BRACKETS = 2_000
+"""Of a committed recipe: it may be anybody's, and Python's JSON reader goes as deep as the stack, or through it."""
+
+
 def decode_recipe(data: bytes) -> Recipe:
     """The recipe whose `canonical()` is `data`; UsageError where it is not exactly canonical or of another format."""
     got = shown(data)
     try:
+        if data.count(b"[") + data.count(b"{") > MOST_BRACKETS:
+            raise ValueError("too many brackets")
         tables = json.loads(data)
         if not isinstance(tables, dict) or tables.pop("format", None) != FORMAT:
             raise UsageError(f"committed recipe: expected format {FORMAT}, got {got}; use a matching Trueweight")

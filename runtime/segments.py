@@ -14,6 +14,8 @@ from storage.errors import Conflict, IntegrityError, UsageError
 from storage.records import Head, Partial, RecordList, RunRecord, SegmentRecord, StepRecord
 from storage.store import Store
 
+MOST_SEGMENTS = 2**20
+"""Segments of a run: the chain may be anybody's, and is read from its newest link to the first."""
 RUNNING, INTERRUPTED, FAILED, FINISHED = "running", "interrupted", "failed", "finished"
 
 
@@ -97,7 +99,7 @@ class History:
         digest = self.head.segment
         while digest is not None:
             segment = decode(SegmentRecord, self.store.get(digest))
-            expected = chain[-1].index - 1 if chain else segment.index
+            expected = chain[-1].index - 1 if chain else min(segment.index, MOST_SEGMENTS - 1)
             if segment.run != self.run_digest or segment.index != expected:
                 raise IntegrityError(
                     f"segment object {digest.hex()}: expected segment {expected} of run {self.name}, got segment "

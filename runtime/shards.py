@@ -108,8 +108,9 @@ class Layout:
 def make_layout(plan: Plan, program: TrainingProgram) -> Layout:
     """The layout of a training program's tensors under a plan. A tied tensor is held by every stage that names it."""
     names = tuple(spec.name for spec in program.tensors)
+    number = {name: tensor for tensor, name in enumerate(names)}
     held = tuple(
-        tuple(sorted({names.index(name) for block in stage for name in program.blocks[block].tensors}))
+        tuple(sorted({number[name] for block in stage for name in program.blocks[block].tensors}))
         for stage in plan.stages
     )
     return Layout(plan=plan, names=names, shapes=tuple(tuple(spec.shape) for spec in program.tensors), held=held)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime import memory
 from runtime.groups import WorkerConfig
 from runtime.integers import ExactSum, sum_exactly
 from runtime.places import StepFault, at
@@ -51,6 +52,10 @@ class StageWorker:
         names = self._layout.names
         self._index = {name: tensor for tensor, name in enumerate(names)}
         held = self._layout.holds(self._id)
+        elements = sum(map(self._layout.size, held))
+        owned = sum(map(self._layout.length, self._layout.owned(self._id)))
+        # Weights and gradient sums of what it holds, optimiser slots of what it owns.
+        memory.require(12 * elements + 4 * len(program.slots) * owned, f"the state of worker {self._id}")
         self._weights = {tensor: np.zeros(self._layout.size(tensor), np.float32) for tensor in held}
         self._handles: dict[int, Any] = {}
         self._slots = {
@@ -213,6 +218,7 @@ class StageWorker:
     def drop(self) -> None:
         """Forget the gradients that were added up so far: the step is not gone through to its end."""
         self._sums, self._kept = {}, {}
+        self._step = -1
 
     # -------------------------------------------------------------------------------------------- reduce and update
 

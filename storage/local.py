@@ -1,6 +1,7 @@
 """Keys as files of a folder: written beside their place, synced, then linked or renamed into it."""
 
 from collections.abc import Callable, Iterator
+from os import fstat
 from pathlib import Path
 from stat import S_ISDIR
 
@@ -26,7 +27,9 @@ class LocalObjects:
         try:
             with path.open("rb", buffering=0) as file:
                 file.seek(start)
-                return file.read() if stop is None else _exactly(file.read, stop - start)
+                if stop is None:
+                    return file.read()
+                return _exactly(file.read, min(stop, fstat(file.fileno()).st_size) - start)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except OSError as error:

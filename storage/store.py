@@ -22,6 +22,8 @@ from storage.objects import Data, Found, MemoryObjects, ObjectStore
 
 MARKER = "trueweight-store"
 FORMAT = b"trueweight-store 2\n"
+MOST_BYTES = 1 << 30
+"""Bytes of the largest object: a store may be anybody's, and objects are read whole."""
 OBJECTS, PACKS, CHECKPOINTS = "objects/", "packs/", "checkpoints/"
 _ROOT = re.compile("checkpoints/([0-9a-f]{64})")
 _HASHED = re.compile("[a-z]+/([0-9a-f]{2})/([0-9a-f]{62})")
@@ -46,15 +48,23 @@ class Store:
 
     def put(self, data: bytes) -> bytes:
         """The digest of `data`, which is durable from now on; putting the same bytes again changes nothing."""
+        if len(data) > MOST_BYTES:
+            raise FailureError(f"object in {self}: expected at most {MOST_BYTES} bytes, got {len(data)}; cut it up")
         digest = sha256(data).digest()
         self.keep(hashed_key(OBJECTS, digest), data)
         return digest
 
     def get(self, digest: bytes) -> bytes:
         """The bytes, hashed again on every read. MissingObject; IntegrityError where they are not what was put."""
-        data = self.objects.read(hashed_key(OBJECTS, digest))
+        data = self.objects.read(hashed_key(OBJECTS, digest), 0, MOST_BYTES + 1)
         if data is None:
             raise missing("object", digest, self)
+        if len(data) > MOST_BYTES:
+            raise IntegrityError(
+                f"object {digest.hex()} in {self}: expected at most {MOST_BYTES} bytes, got more; nothing that "
+                f"Trueweight writes is as long: take the run from another store",
+                digest=digest.hex(),
+            )
         return checked(OBJECTS, digest, data, self)
 
     def has(self, digest: bytes) -> bool:

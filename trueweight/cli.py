@@ -1,12 +1,11 @@
 """The commands. Exit codes: 0 done; 1 diverged or damaged, 2 inconclusive; 64 usage; 70 failure; 130 Ctrl-C."""
 
-import secrets
 import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -19,15 +18,12 @@ from runtime.plan import Plan, make_plan
 from runtime.program import vectors
 from runtime.recipe import load_recipe
 from runtime.segments import FINISHED, History
-from runtime.worker import worker_builder
 from storage.errors import FailureError, TrueweightError, UsageError
-from trueweight import investigation, pinpoint_cli, reports, store_cli, wiring
+from trueweight import audit_cli, investigation, lab_cli, pinpoint_cli, reports, store_cli, wiring
+from trueweight.audit_cli import integers
 from trueweight.console import console_for, print_json, say, teller, writer
 from trueweight.locks import check_lock, read_lock, write_lock
 from trueweight.training import INTERRUPTED_EXIT, Training, report_end
-from verification.audit import SegmentAudit, audit
-from verification.replay import Replay
-from verification.sampling import sample
 
 app = typer.Typer(
     name="trueweight",
@@ -39,8 +35,11 @@ app = typer.Typer(
 )
 
 app.add_typer(store_cli.app, name="store")
+app.command("audit")(audit_cli.audit_command)
 app.command("pinpoint")(pinpoint_cli.pinpoint_command)
 app.add_typer(pinpoint_cli.evidence_app, name="evidence")
+app.command("diff")(lab_cli.diff_command)
+app.command("selfcheck")(lab_cli.selfcheck_command)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in TOML.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name; `trueweight runs` lists them.")]
@@ -182,66 +181,6 @@ def runs(store: StoreFolder = ".trueweight", as_json: AsJson = False) -> int:
     columns = {"run": "run", "status": "status", "steps": "steps", "segments": "segments", "state": "state"}
     print(reports.table(found, columns) if found else "no runs yet: start one with `trueweight run RECIPE`")
     return 0
-
-
-@app.command("audit")
-def audit_command(
-    name: RunName,
-    store: StoreFolder = ".trueweight",
-    every: Annotated[bool, typer.Option("--all", help="Replay every segment.")] = False,
-    segments: Annotated[str, typer.Option(help="Replay these, such as 3,7.")] = "",
-    sample_count: Annotated[int, typer.Option("--sample", help="Replay this many, drawn at random (1 without).")] = 0,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sample, to draw the same one again.")] = None,
-    threads: Threads = 1,
-    executor: ExecutorName = executors.DEFAULT,
-    as_json: AsJson = False,
-) -> int:
-    """Replay segments from their stored state and compare.
-
-    Exit code 0 is a match, 1 diverged (at the segment and step that are printed), 2 inconclusive.
-
-    One segment is drawn at random unless told otherwise. The replay needs the store alone, neither the recipe's file
-    nor the model's code, and says what it would have missed.
-
-    \b
-    trueweight audit quickstart
-    trueweight audit quickstart --sample 2 --seed 7
-    trueweight audit quickstart --segments 0,3
-    trueweight audit quickstart --all --json
-    """
-    console, make = console_for(as_json), executors.named(executor)
-    if sum((every, bool(segments), bool(sample_count))) > 1 or sample_count < 0:
-        raise UsageError("audit: expected one of --all, --segments 3,7 and --sample 2; drop the others")
-    sampling = not every and not segments
-    drawn = (secrets.randbits(63) if seed is None else seed) if sampling else None
-    if drawn is not None and not 0 <= drawn < 2**64:
-        raise UsageError(f"--seed {drawn}: expected 0 to 2^64 - 1; choose another")
-    chosen = _segments(segments)
-
-    def choose(history: History, total: int) -> Sequence[int]:
-        if drawn is not None:
-            return sample(history.run_digest, total, max(sample_count, 1), drawn)
-        for index in chosen:
-            if index >= total:
-                raise UsageError(
-                    f"--segments {index}: expected segments below {total}, got another; see `trueweight show`"
-                )
-        return range(total) if every else chosen
-
-    objects = wiring.open_folder(store, create=False)
-    report = audit(
-        objects,
-        name,
-        choose,
-        replay=lambda history: Replay(objects, history.run, threads=threads, build=worker_builder(make)),
-        observe=teller(console) if as_json or console.is_terminal else lambda _: None,
-    )
-    told = reports.audit_report(report, seed=drawn)
-    if as_json:
-        print_json(told)
-    else:
-        _print_audit(console, told, report.segments)
-    return reports.VERDICTS[type(report.verdict)][1]
 
 
 @app.command()
@@ -392,39 +331,7 @@ def _plan(job: Job, *, stages: int, replicas: int, shares: Sequence[int] | None)
 
 
 def _shares(text: str) -> list[int] | None:
-    return _integers(text, "--shares", "shares such as 3,1") if text else None
-
-
-def _segments(text: str) -> list[int]:
-    return sorted(set(_integers(text, "--segments", "segments such as 3,7"))) if text else []
-
-
-def _integers(text: str, option: str, expected: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise UsageError(f"{option} {text!r}: expected {expected}; correct it")
-    return [int(part) for part in parts]
-
-
-def _print_audit(console: Console, told: dict[str, Any], segments: Sequence[SegmentAudit]) -> None:
-    if segments:
-        columns = {"index": "segment", "steps_replayed": "steps replayed", "prestate": "prestate"}
-        columns |= {"poststate": "poststate", "receipts": "receipts", "verdict": "verdict"}
-        say(console, reports.table(told["segments"], columns))
-    say(console, f"replayed {told['replayed']} of {told['total']} segments" + _drawn(told["seed"]))
-    if told["total"] < told["planned"]:
-        say(console, f"the run has committed {told['total']} of the {told['planned']} segments of its recipe")
-    for chance in told["missed"]:
-        if chance["probability"]:
-            say(console, f"chance of missing {chance['forged_segments']} forged segments: {chance['probability']:.1%}")
-    say(console, f"verdict: {told['verdict']}")
-    for key in ("path", "expected", "actual", "reason"):
-        if key in told:
-            say(console, f"  {key}: {told[key]}")
-
-
-def _drawn(seed: int | None) -> str:
-    return "" if seed is None else f", drawn with --seed {seed}"
+    return integers(text, "--shares", "shares such as 3,1") if text else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

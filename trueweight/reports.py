@@ -9,9 +9,11 @@ from storage.codec import decode
 from storage.errors import FailureError
 from storage.records import Receipt, SegmentRecord, StepRecord
 from storage.store import Store
+from trueweight.auditing import Audited, Selection, forged_of
 from trueweight.journal import mean_loss, validation_accuracy, validation_loss
 from verification.audit import AuditReport, Diverged, Inconclusive, Match, Verdict
 from verification.sampling import miss_probability
+from verification.units import UnitAudit
 
 VERDICTS: dict[type, tuple[str, int]] = {
     Match: ("match", 0),
@@ -114,8 +116,66 @@ def verdict_report(verdict: Verdict) -> dict[str, str]:
     return {"verdict": "match"}
 
 
+SHARES = (0.01, 0.05, 0.1, 0.2)
+"""Of forged work, for which the probability of a miss is told."""
+
+
+def audited_report(audited: Audited) -> dict[str, Any]:
+    """An audit that was made as JSON values: verdicts, the sample, what it cost, and what it may have missed."""
+    selection = audited.selection
+    told = audit_report(audited.report, seed=selection.seed if selection else None)
+    if not audited.whole or audited.units:
+        told["missed"] = []  # what was drawn and not replayed leaves it open
+    told["segments"] += [_unit_row(unit) for unit in audited.units]
+    return {
+        **told,
+        "units_replayed": sum(unit.units for unit in audited.units),
+        "steps_replayed": audited.replayed,
+        "steps": audited.steps,
+        "seconds": audited.seconds,
+        "fetched_bytes": audited.fetched,
+        "peak_bytes": audited.peak,
+        "sample": _sample_report(audited, selection) if selection else None,
+    }
+
+
+def _unit_row(unit: UnitAudit) -> dict[str, Any]:
+    return {
+        "index": unit.index,
+        "first_step": unit.first_step,
+        "worker": unit.worker,
+        "address": unit.address,
+        "units_replayed": unit.units,
+        "seconds": unit.seconds,
+        "prestate": unit.prestate,
+        "poststate": unit.poststate,
+        **verdict_report(unit.verdict),
+    }
+
+
+def _sample_report(audited: Audited, selection: Selection) -> dict[str, Any]:
+    known = selection.candidates if audited.whole else 0
+    return {
+        "of": "units" if selection.of_units else "segments",
+        "strategy": selection.strategy or None,
+        "beacon": selection.beacon.hex() or None,
+        "beacon_from": selection.source or None,
+        "rate": selection.rate,
+        "count": len(selection.pieces),
+        "candidates": selection.candidates,
+        "pieces": [
+            f"{piece.segment}:{piece.worker}" if piece.worker else str(piece.segment) for piece in selection.pieces
+        ],
+        "cost": audited.replayed / audited.steps if audited.steps else None,
+        "missed": [
+            {"share": share, "forged": forged_of(share, known), "probability": selection.miss(share)}
+            for share in (SHARES if known else ())
+        ],
+    }
+
+
 def audit_report(report: AuditReport, *, seed: int | None) -> dict[str, Any]:
-    """The audit as JSON values, with what was sampled and the chance of having missed forged segments."""
+    """The verdicts as JSON values, with the chance that as many segments, drawn evenly, miss forged ones."""
     replayed = len(report.segments)
     forged = sorted({1, max(report.total // 10, 1)}) if report.total else []
     return {

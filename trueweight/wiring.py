@@ -29,9 +29,15 @@ def open_folder(folder: str, *, create: bool) -> Store:
     return open_store(folder if "://" in folder else str(Path(folder).expanduser()), create=create)
 
 
+def store_folder(store: Store) -> Path | None:
+    """The store's folder, None where it is elsewhere."""
+    return store.objects.path if isinstance(store.objects, LocalObjects) else None
+
+
 def run_folder(store: Store, name: str) -> Path | None:
     """Where a run's diary is kept, None for a store without a folder."""
-    return store.objects.path / "runs" / name if isinstance(store.objects, LocalObjects) else None
+    folder = store_folder(store)
+    return folder / "runs" / name if folder else None
 
 
 def choose_name(store: Store, name: str | None, *, default: str) -> str:

@@ -10,16 +10,21 @@ from dataclasses import dataclass, fields, replace
 from runtime.places import StepFault
 from runtime.segments import History
 from storage import merkle
-from storage.codec import decode
-from storage.errors import TrueweightError, UsageError
+from storage.codec import decode, record_digest
+from storage.errors import FailureError, TrueweightError, UsageError
 from storage.identity import receipt_signer_ok
 from storage.records import Receipt, SegmentRecord, StepRecord, facts_free
 from storage.store import Store
-from verification.replay import Replay
+from verification.replay import Material, Replay
 
+ENGINE = "exact"
+"""The engine whose steps a replay gives again."""
 FACTS = ("step", "data", "units", "loss", "gradient_root", "state_root", "validation")
 """The compared fields of a step in causal order, so that the first difference is the nearest to its cause."""
 
+
+LONGEST_TOLD = 2000
+"""Characters of a reason or a name in a report: both may come from a store that is anybody's."""
 
 FAILURES = (Exception,)
 """Whatever keeps an audit from its end, a full memory or hostile bytes, says nothing of the run: it is inconclusive."""
@@ -51,7 +56,10 @@ Verdict = Match | Diverged | Inconclusive
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentAudit:
-    """One segment's verdict; `steps` is how many of its steps were replayed, `receipts` how many are well signed."""
+    """One segment's verdict; `steps` is how many of its steps were replayed, `receipts` how many are well signed.
+
+    `record` is the digest of the SegmentRecord that was audited, in hex.
+    """
 
     index: int
     first_step: int
@@ -60,6 +68,11 @@ class SegmentAudit:
     poststate: str
     receipts: int
     verdict: Verdict
+    record: str = ""
+
+
+Spread = Callable[[History, Sequence[int]], Iterable[SegmentAudit]]
+"""Audits segments elsewhere (`verification.actors.spread`); the results come in any order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +97,13 @@ def audit(
     *,
     replay: Callable[[History], Replay] | None = None,
     observe: Callable[[str], None] = lambda _: None,
+    spread: Spread | None = None,
 ) -> AuditReport:
     """The report over the segments that `choose(history, total)` names; UsageError where there is no such run.
 
     The whole is diverged where one segment is, else inconclusive where one is, else match. `replay` makes the machine
-    that replays, `observe` is told of every step that matches.
+    that replays, `observe` is told of every step that matches. With `spread` others replay, and nothing is replayed
+    here: a segment that does not come back from them is inconclusive.
     """
     history: History | None = None
     try:
@@ -103,16 +118,70 @@ def audit(
         )
     wanted = choose(history, len(segments))
     try:
-        machine = replay(history) if replay else Replay(store, history.run)
+        _require_engine(history)
+        if spread is not None:
+            machine: Material | Replay = Material.read(store, history.run)
+        else:
+            machine = replay(history) if replay else Replay(store, history.run)
     except FAILURES as error:
         return _report(history, len(segments), [], Inconclusive(reason=_reason(error)))
     other = _differs("run/program_root", machine.program_root, history.run.program_root)
     if other or not wanted:
         verdict = other or Inconclusive(reason="the run has not committed a segment yet")
         return _report(history, len(segments), [], verdict)
-    audited = [_audit_segment(history, machine, segments, index, observe) for index in wanted]
+    if isinstance(machine, Replay):
+        audited = [audit_segment(history, machine, segments, index, observe) for index in wanted]
+    else:
+        assert spread is not None
+        audited = _gathered(history, segments, wanted, spread)
     report = _report(history, len(segments), audited, overall(result.verdict for result in audited))
     return replace(report, planned=machine.feed.segments)
+
+
+def _require_engine(history: History) -> None:
+    if history.run.engine != ENGINE:
+        raise FailureError(
+            f"run {history.name}: expected engine {ENGINE!r}, got {history.run.engine!r}, which a replay does not give "
+            f"again; use the Trueweight that trained it"
+        )
+
+
+def _gathered(
+    history: History, segments: Sequence[SegmentRecord], wanted: Sequence[int], spread: Spread
+) -> list[SegmentAudit]:
+    """One audit for each wanted segment by index, whatever comes back of them and in which order."""
+    missing = dict.fromkeys(sorted(set(wanted)), "no verifier came back with it")
+    found: dict[int, SegmentAudit] = {}
+    try:
+        for result in spread(history, list(missing)):
+            if result.index not in missing or result.index in found:
+                continue
+            record = record_digest(segments[result.index]).hex()
+            if isinstance(result.verdict, Inconclusive) and not result.record:
+                found[result.index] = replace(unaudited(segments[result.index], ""), verdict=result.verdict)
+            elif result.record == record:
+                found[result.index] = result
+            else:
+                missing[result.index] = f"expected record {record}, got an audit of {result.record or 'another'}"
+    except UsageError:
+        raise
+    except FAILURES as error:
+        missing = dict.fromkeys(missing, _reason(error))
+    return [found.get(index) or unaudited(segments[index], reason) for index, reason in missing.items()]
+
+
+def unaudited(segment: SegmentRecord, reason: str) -> SegmentAudit:
+    """The inconclusive audit of a segment that nobody could replay."""
+    return SegmentAudit(
+        index=segment.index,
+        first_step=segment.first_step,
+        steps=0,
+        prestate=segment.prestate.hex(),
+        poststate=segment.poststate.hex(),
+        receipts=0,
+        verdict=Inconclusive(reason=f"segment {segment.index}: {reason}"),
+        record=record_digest(segment).hex(),
+    )
 
 
 def overall(verdicts: Iterable[Verdict]) -> Verdict:
@@ -135,9 +204,17 @@ def _report(history: History, total: int, segments: Sequence[SegmentAudit], verd
     )
 
 
-def _audit_segment(
-    history: History, replay: Replay, segments: Sequence[SegmentRecord], index: int, observe: Callable[[str], None]
+def audit_segment(
+    history: History,
+    replay: Replay,
+    segments: Sequence[SegmentRecord],
+    index: int,
+    observe: Callable[[str], None] = lambda _: None,
 ) -> SegmentAudit:
+    """The audit of one of the run's `segments` on a replay of that run; whatever keeps it from its end is inconclusive.
+
+    That the Programs are the run's (`replay.program_root`) is the caller's to compare.
+    """
     audited = _Segment(history=history, replay=replay, segments=segments, index=index, observe=observe)
     verdict: Verdict
     try:
@@ -153,6 +230,7 @@ def _audit_segment(
         poststate=segment.poststate.hex(),
         receipts=audited.receipts,
         verdict=verdict,
+        record=record_digest(segment).hex(),
     )
 
 
@@ -192,7 +270,7 @@ class _Segment:
         expected = self.replay.feed.segment(self.index)
         claimed = range(segment.first_step, segment.first_step + segment.steps)
         if expected != claimed or not expected:
-            return Diverged(path=f"{self.path}/steps", expected=str(list(expected)), actual=str(list(claimed)))
+            return Diverged(path=f"{self.path}/steps", expected=_steps_shown(expected), actual=_steps_shown(claimed))
         if len(steps) != len(expected):
             return Diverged(path=f"{self.path}/steps", expected=str(len(expected)), actual=str(len(steps)))
         return None
@@ -204,7 +282,7 @@ class _Segment:
         by_step: dict[int, list[bytes]] = {record.step: [] for record in steps}
         for item in items:
             receipt = decode(Receipt, item)
-            path = f"{self.path}/step {receipt.step}/receipt of {receipt.worker}"
+            path = f"{self.path}/step {receipt.step}/receipt of {printable(receipt.worker)}"
             if receipt.step not in by_step or receipt.run != self.history.run_digest:
                 return Diverged(path=path, expected="a step of this segment and run", actual="another")
             if not receipt_signer_ok(receipt):
@@ -255,8 +333,18 @@ def _shown(value: object) -> str:
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
+def _steps_shown(steps: range) -> str:
+    """The claim may be of billions of steps: it is not listed."""
+    return f"steps {steps.start} to {steps.stop - 1}" if steps else "no steps"
+
+
+def printable(text: str) -> str:
+    """A text of somebody else's for a report: cut, and without what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() else "?" for c in text[:LONGEST_TOLD])
+
+
 def _reason(error: BaseException) -> str:
-    told = str(error).strip()
+    told = printable(" ".join(str(error).split()))
     if isinstance(error, TrueweightError) and told:
         return told
     return f"{type(error).__name__}: {told}" if told else type(error).__name__

@@ -27,7 +27,7 @@ from runtime.program.types import NUMPY, Type
 from runtime.tracing import Call, additions
 from storage import kernels, merkle
 from storage.codec import U32, U64, decode, encode, record, record_digest
-from storage.errors import FailureError, IntegrityError, UsageError
+from storage.errors import IntegrityError, UsageError
 from storage.identity import RECEIPT_DOMAIN, signed
 from storage.records import Receipt, RunRecord, SegmentRecord, StepRecord, TensorEntry
 from verification.pinpoint import Finding, Narrowing
@@ -250,7 +250,9 @@ def check_evidence(evidence: Evidence) -> Shown:
     """What the evidence shows; FalseEvidence where it does not show it, UsageError where it is malformed."""
     try:
         return _checked(evidence)
-    except (FailureError, ValueError, IndexError, KeyError, MemoryError, OverflowError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # the file may be anybody's
         raise UsageError(f"evidence: malformed: {error}; make it again with `trueweight pinpoint`") from error
 
 
@@ -379,7 +381,8 @@ def _input(
     )
     _require(batch_root(inputs, targets) == step.data, "the batch is not the step's")
     number = int(place[1].removeprefix("micro-batch "))
-    plan = Plan(bounds=receipt.bounds, replicas=receipt.replicas, units=(0,) * training.micro_batches)
+    plan = Plan(bounds=receipt.bounds, replicas=receipt.replicas, units=())
+    _require(training.micro_batches > 0, "the training has no micro-batches")
     _require(block == 0 and plan.place(receipt.worker)[0] == 0, "the worker does not take the data")
     size = len(inputs) // training.micro_batches
     rows = np.ascontiguousarray(inputs[number * size : (number + 1) * size])

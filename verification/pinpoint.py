@@ -23,12 +23,17 @@ from runtime.segments import History
 from runtime.tracing import Call, additions
 from storage import kernels, merkle
 from storage.codec import NO_DIGEST, decode, encode
-from storage.errors import FailureError, TrueweightError
+from storage.errors import FailureError, TrueweightError, UsageError
 from storage.identity import signed
 from storage.records import Receipt, UnitRecord
 from verification.audit import Diverged
 from verification.replay import Replay
 from verification.traces import REVEAL_DOMAIN, Answer, ReplayedTraces, TraceProvider
+
+
+class NoReplay(FailureError):
+    """The replay here, or the store below it, failed: it says nothing of any worker."""
+
 
 SOFTWARE, HARDWARE, UNAVAILABLE, RECORD = "software or fraud", "hardware fault", "unavailable", "record"
 """What a divergence comes from: it repeats itself; it does not; nobody answered; the records contradict themselves."""
@@ -212,7 +217,7 @@ class Narrowing:
         ours, self.theirs = self.ask(plan)
         assert ours is not None
         self.ours = ours
-        unit = first_unit(self.ours.claims(), signed_by, plan)
+        unit = first_unit(self._mine("claims"), signed_by, plan)
         if unit is None:
             reason = "every worker's receipt is right, and the step record is not what they signed: ask who wrote it"
             return self._end(RECORD, "repeats", reason)
@@ -231,8 +236,10 @@ class Narrowing:
                 reason = "the worker, asked again, does not repeat what it signed: a fault of its memory or processor"
                 return self._end(HARDWARE, "differs", reason, receipt)
             return self._narrowed(unit, receipt)
-        except (TrueweightError, KeyError, ValueError, IndexError) as error:
-            return self._end(UNAVAILABLE, "unavailable", f"{unit.worker} does not answer: {error}", receipt)
+        except NoReplay as error:
+            return self._end(UNAVAILABLE, "unavailable", str(error), receipt)
+        except Exception as error:  # noqa: BLE001 (whatever keeps an answer away proves nothing)
+            return self._end(UNAVAILABLE, "unavailable", f"{unit.worker} does not answer: {_said(error)}", receipt)
 
     def _narrowed(self, unit: Unit, receipt: Receipt) -> Finding:
         assert self.theirs is not None
@@ -290,14 +297,15 @@ class Narrowing:
         assert self.theirs is not None
         if program is None:
             return self._end(SOFTWARE, "repeats", "the call is of no Program that the run committed to", receipt)
-        ours = self.ours.leaves(unit.worker, place, value)
+        ours = self._mine("leaves", unit.worker, place, value)
         theirs = self.theirs.leaves(unit.worker, place, value)
         digest = bytes.fromhex(self.path[-1].actual)
         if len(ours) != len(theirs) or merkle.root(theirs) != digest:
             return self._end(SOFTWARE, "repeats", "the leaves revealed do not hash to what the worker said", receipt)
         leaf = next(number for number, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
         self._level("leaf", f"leaf {leaf} of {len(ours)}", ours[leaf].hex(), theirs[leaf].hex())
-        mine, other = (traces.leaf(unit.worker, place, value, leaf) for traces in (self.ours, self.theirs))
+        mine = self._mine("leaf", unit.worker, place, value, leaf)
+        other = self.theirs.leaf(unit.worker, place, value, leaf)
         if kernels.leaf_hashes(other) != theirs[leaf] or len(other) != len(mine):
             return self._end(SOFTWARE, "repeats", "the leaf revealed does not hash to what the worker said", receipt)
         self.answers |= {"value": value, "leaf": leaf, "program": program}
@@ -317,7 +325,7 @@ class Narrowing:
         """Our answer and the worker's, which it has signed."""
         assert self.theirs is not None
         self.observe(f"{method} of {worker}, {what or 'the whole step'}")
-        answers = [getattr(traces, method)(worker, what) for traces in (self.ours, self.theirs)]
+        answers: list[Answer] = [self._mine(method, worker, what), getattr(self.theirs, method)(worker, what)]
         reveal, said = answers[1].reveal, (self.history.run_digest, self.step, worker, receipt.address)
         if (
             reveal is None
@@ -328,6 +336,13 @@ class Narrowing:
             raise FailureError("its answer is not signed by the key of its receipt")
         self.answers[method] = answers[1]
         return answers[0], answers[1]
+
+    def _mine(self, method: str, *question: Any) -> Any:
+        """The replay's own answer; NoReplay where it has none, so that no worker is blamed for that."""
+        try:
+            return getattr(self.ours, method)(*question)
+        except Exception as error:
+            raise NoReplay(f"the replay here has no answer to {method!r}: {_said(error)}; pinpoint again") from error
 
     def _below(self, scopes: Sequence[str]) -> tuple[str, ...]:
         return tuple(f"step {self.step}/{scope}" for scope in scopes)
@@ -377,6 +392,11 @@ class Narrowing:
             address=f"0x{receipt.address.hex()}" if receipt else "",
             signature=receipt.signature.hex() if receipt else "",
         )
+
+
+def _said(error: BaseException) -> str:
+    told = str(error)
+    return told if isinstance(error, TrueweightError) and told else f"{type(error).__name__}: {told}"
 
 
 def _call(data: bytes) -> Call:
@@ -435,8 +455,36 @@ def pinpoint(
 ) -> tuple[Finding, Narrowing | None]:
     """The finding for what an audit found, and what was asked on the way; `theirs` is the side of the accused.
 
-    What the records contradict by themselves, such as a receipt that nobody signed, ends where the audit ended.
+    What the records contradict by themselves, such as a receipt that nobody signed, ends where the audit ended. What
+    keeps the search from its end is `unavailable`, and names a worker only where it was that worker who did not answer.
     """
+    try:
+        return _pinpointed(history, found, program, ours=ours, theirs=theirs, batch=batch, observe=observe)
+    except UsageError:
+        raise
+    except Exception as error:  # noqa: BLE001 (a store or a replay that fails says nothing of any worker)
+        at = _PATH.fullmatch(found.path)
+        level = Level(level="record", at=found.path, expected=found.expected, actual=found.actual)
+        return Finding(
+            run=history.name,
+            segment=int(at["segment"]) if at else 0,
+            cause=UNAVAILABLE,
+            repeat="unavailable",
+            reason=_said(error),
+            path=(level,),
+        ), None
+
+
+def _pinpointed(
+    history: History,
+    found: Diverged,
+    program: TrainingProgram,
+    *,
+    ours: Ask,
+    theirs: Ask,
+    batch: Callable[[int], Batch] | None,
+    observe: Callable[[str], None],
+) -> tuple[Finding, Narrowing | None]:
     at = _PATH.fullmatch(found.path)
     if at is None or at["step"] is None:
         levels = [Level(level="record", at=found.path, expected=found.expected, actual=found.actual)]

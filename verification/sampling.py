@@ -20,7 +20,6 @@ from storage.errors import UsageError
 UNIFORM, STRATIFIED, RISK = "uniform", "stratified", "risk"
 STRATEGIES = (UNIFORM, STRATIFIED, RISK)
 
-_SEGMENT = b"trueweight-sample-v1\0"
 _TICKET = b"trueweight-ticket-v1\0"
 _CHAINED = b"trueweight-beacon-chained-v1\0"
 _SEED = b"trueweight-beacon-seed-v1\0"
@@ -404,19 +403,6 @@ def _hash(domain: bytes, *parts: bytes) -> bytes:
 
 
 # -------------------------------------------------------------------------------------------------- whole segments
-
-
-def sample(run: bytes, total: int, count: int, seed: int) -> tuple[int, ...]:
-    """`count` of the segments 0 .. total - 1 without repetition, ascending: all of them where there are no more.
-
-    A function of the run's digest and the seed alone. Draw the seed after the run is committed: a trainer who
-    knows it beforehand knows where to cheat.
-    """
-
-    def ticket(index: int) -> bytes:
-        return sha256(_SEGMENT + run + seed.to_bytes(8, "little") + index.to_bytes(4, "little")).digest()
-
-    return tuple(sorted(sorted(range(total), key=ticket)[:count]))
 
 
 def miss_probability(total: int, sampled: int, forged: int) -> float:

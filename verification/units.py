@@ -5,55 +5,160 @@ backward, as far as they reach, with the weights alone in memory. What it added 
 the whole step.
 """
 
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
 
 from runtime.places import StepFault
 from runtime.plan import Plan
 from runtime.program.training import TrainingProgram
 from runtime.segments import History
+from storage import merkle
 from storage.codec import decode
-from storage.errors import UsageError
+from storage.errors import TrueweightError, UsageError
+from storage.identity import receipt_signer_ok
 from storage.records import Receipt, SegmentRecord
-from verification.audit import Diverged
+from verification.audit import FAILURES, Diverged, Inconclusive, Match, Verdict, printable
 from verification.replay import Replay
 
 MakeReplay = Callable[[Plan], Replay]
 
+_WORKER = re.compile(r"s(0|[1-9][0-9]{0,6})r(0|[1-9][0-9]{0,6})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitAudit:
+    """The verdict on what `worker` signed in the first step of segment `index`.
+
+    `units` is how many micro-batches were replayed, `share` which part they are of all that the step's workers signed
+    for, `seconds` how long it took.
+    """
+
+    index: int
+    first_step: int
+    worker: str
+    address: str = ""
+    units: int = 0
+    share: float = 0.0
+    seconds: float
+    prestate: str
+    poststate: str
+    verdict: Verdict
+
+
+def unit_verdict(
+    history: History,
+    segments: Sequence[SegmentRecord],
+    index: int,
+    worker: str,
+    make: MakeReplay,
+    program: TrainingProgram | None = None,
+) -> UnitAudit:
+    """The audit of one worker's units; whatever keeps it from its end is inconclusive. `program` is the run's.
+
+    UsageError where the run has no such segment, or the worker signed nothing in its first step.
+    """
+    if not 0 <= index < len(segments):
+        raise UsageError(
+            f"segment {index}: expected one of the run's {len(segments)} committed segments; see "
+            f"`trueweight show {history.name}`"
+        )
+    segment, started = segments[index], perf_counter()
+    address, units, share = "", 0, 0.0
+    verdict: Verdict = Match()
+    try:
+        receipts = first_receipts(history, segment)
+    except FAILURES as error:
+        verdict = _inconclusive(index, worker, error)
+    else:
+        address = f"0x{_receipt_of(history, segment, receipts, worker).address.hex()}"
+        try:
+            difference, units = audit_unit(history, segments, index, worker, make, program)
+            share = units / max(sum(len(receipt.units) for receipt in receipts), 1)
+            verdict = difference or verdict
+        except FAILURES as error:
+            verdict = _inconclusive(index, worker, error)
+    return UnitAudit(
+        index=index,
+        first_step=segment.first_step,
+        worker=worker,
+        address=address,
+        units=units,
+        share=share,
+        seconds=perf_counter() - started,
+        prestate=segment.prestate.hex(),
+        poststate=segment.poststate.hex(),
+        verdict=verdict,
+    )
+
+
+def first_receipts(history: History, segment: SegmentRecord) -> list[Receipt]:
+    """What was signed in the first step of a segment, in the order of the records, once for each worker's name."""
+    receipts = [decode(Receipt, item) for item in history.items(segment.receipts_object)]
+    named: dict[str, Receipt] = {}
+    for receipt in receipts:
+        if receipt.step == segment.first_step:
+            named.setdefault(receipt.worker, receipt)
+    return list(named.values())
+
 
 def first_receipt(history: History, segment: SegmentRecord, worker: str) -> Receipt:
     """What a worker signed in the first step of a segment; UsageError where it signed nothing."""
-    receipts = [decode(Receipt, item) for item in history.items(segment.receipts_object)]
-    first = [receipt for receipt in receipts if receipt.step == segment.first_step]
-    for receipt in first:
+    return _receipt_of(history, segment, first_receipts(history, segment), worker)
+
+
+def _receipt_of(history: History, segment: SegmentRecord, receipts: Sequence[Receipt], worker: str) -> Receipt:
+    for receipt in receipts:
         if receipt.worker == worker:
             return receipt
-    known = ", ".join(receipt.worker for receipt in first) or "nobody"
+    known = ", ".join(receipt.worker for receipt in receipts) or "nobody"
     raise UsageError(
         f"segment {segment.index}: expected a worker that signed its first step ({known}), got {worker!r}; see "
         f"`trueweight show {history.name}`"
     )
 
 
+def _inconclusive(index: int, worker: str, error: BaseException) -> Inconclusive:
+    told = printable(" ".join(str(error).split()))
+    kind = "" if isinstance(error, TrueweightError) and told else type(error).__name__
+    reason = ": ".join(part for part in (f"segment {index}, worker {printable(worker)}", kind, told) if part)
+    return Inconclusive(reason=reason)
+
+
 def audit_unit(
-    history: History, segments: Sequence[SegmentRecord], index: int, worker: str, make: MakeReplay
+    history: History,
+    segments: Sequence[SegmentRecord],
+    index: int,
+    worker: str,
+    make: MakeReplay,
+    program: TrainingProgram | None = None,
 ) -> tuple[Diverged | None, int]:
     """(the first difference of a worker's receipt from a replay of its units, None where it matches; units replayed).
 
-    `make` gives a replay under a plan.
+    `make` gives a replay under a plan, `program` is the run's, read where it is not given.
     """
     segment = segments[index]
     receipt = first_receipt(history, segment, worker)
-    path = f"segment {index}/step {segment.first_step}/{worker}"
+    if found := _contradiction(history, segments, index, receipt):
+        return found, 0
+    path = f"segment {index}/step {segment.first_step}/{printable(worker)}"
     units = [unit.micro_batch for unit in receipt.units]
-    program = TrainingProgram.decode(history.store.get(history.run.programs))
+    program = program or TrainingProgram.decode(history.store.get(history.run.programs))
+    if program.root != history.run.program_root:
+        roots = program.root.hex(), history.run.program_root.hex()
+        return Diverged(path="run/program_root", expected=roots[0], actual=roots[1]), 0
     stages = (*receipt.bounds[:1], *receipt.bounds[-1:], len(receipt.bounds) > 1)
     if stages != (0, len(program.blocks), True) or list(receipt.bounds) != sorted(set(receipt.bounds)):
         right = f"stages of the run's {len(program.blocks)} blocks"
-        return Diverged(path=f"{path}/bounds", expected=right, actual=str(receipt.bounds)), 0
+        return Diverged(path=f"{path}/bounds", expected=right, actual=printable(str(receipt.bounds))), 0
+    stage = _stage(receipt)
+    if stage is None:
+        right = f"a worker of {len(receipt.bounds) - 1} stages of {receipt.replicas} replicas"
+        return Diverged(path=f"{path}/worker", expected=right, actual=printable(worker)), 0
     if not units or max(units) >= program.micro_batches or sorted(set(units)) != units:
-        return Diverged(path=f"{path}/units", expected="micro-batches of the step", actual=str(units)), 0
+        return Diverged(path=f"{path}/units", expected="micro-batches of the step", actual=printable(str(units))), 0
     plan = Plan(bounds=receipt.bounds, replicas=1, units=(0,) * program.micro_batches)
-    stage, _ = plan.place(worker)
     replay, alone = make(plan), plan.worker(stage, 0)
     if index:
         replay.load_weights(segments[index - 1].poststate)
@@ -63,7 +168,10 @@ def audit_unit(
         expected = replay.unit(history.run_digest, segment.first_step, alone, units)
     except StepFault as fault:
         return Diverged(path=path, expected=f"a fault: {fault}", actual=receipt.gradient_root.hex()), 0
-    for mine, other in zip(expected.units, receipt.units, strict=True):
+    # A machine that replayed other units of this step before still tells of them.
+    mine_by_number = {unit.micro_batch: unit for unit in expected.units}
+    for other in receipt.units:
+        mine = mine_by_number[other.micro_batch]
         for name in ("x", "y", "dy", "dx"):
             values = getattr(mine, name), getattr(other, name)
             if values[0] != values[1]:
@@ -74,3 +182,30 @@ def audit_unit(
         return Diverged(path=f"{path}/gradient_root", expected=given[0], actual=given[1]), len(units)
     return None, len(units)
 
+
+def _stage(receipt: Receipt) -> int | None:
+    """The stage that a worker's id tells; None where its plan has no such worker."""
+    match = _WORKER.fullmatch(receipt.worker)
+    if match is None or int(match[1]) >= len(receipt.bounds) - 1 or int(match[2]) >= receipt.replicas:
+        return None
+    return int(match[1])
+
+
+def _contradiction(
+    history: History, segments: Sequence[SegmentRecord], index: int, receipt: Receipt
+) -> Diverged | None:
+    """Where the records contradict themselves: other receipts than were committed to, another start, no signature."""
+    segment = segments[index]
+    root = merkle.list_root(history.items(segment.receipts_object))
+    if root != segment.receipts_root:
+        path = f"segment {index}/receipts_root"
+        return Diverged(path=path, expected=root.hex(), actual=segment.receipts_root.hex())
+    before = segments[index - 1].poststate if index else history.run.initial_state
+    if before != segment.prestate:
+        return Diverged(path=f"segment {index}/prestate", expected=before.hex(), actual=segment.prestate.hex())
+    path = f"segment {index}/step {receipt.step}/receipt of {printable(receipt.worker)}"
+    if receipt.run != history.run_digest:
+        return Diverged(path=path, expected="a step of this run", actual="another")
+    if not receipt_signer_ok(receipt):
+        return Diverged(path=path, expected=f"signed by {receipt.address.hex()}", actual="not so")
+    return None

@@ -14,7 +14,7 @@ from runtime.actors.cluster import CONNECT_SECONDS, require_listener
 from storage.errors import FailureError, UsageError
 
 PACKAGES = ("trueweight", "verification", "runtime", "ledger", "storage")
-_SKIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+_SKIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "node_modules")
 
 
 def submit_job(

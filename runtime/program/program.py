@@ -27,6 +27,10 @@ from storage import merkle
 from storage.codec import decode, encode
 from storage.errors import IntegrityError
 
+MAX_OPERATORS = 2**15
+"""Operators in a Program: a layer of a GPT has some 2,300. Planning and compiling take longer than in proportion, and a
+Program is anybody's; this many take a compiled executor some ten seconds."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
@@ -58,6 +62,7 @@ class Program:
     constants: Mapping[bytes, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _require_few(len(self.ops))
         types = [t for _, t in self.inputs]
         if any(t.dtype == "i8" for t in types):
             raise OperatorError("a Program takes no i8 input: digits come from `digit` alone")
@@ -100,8 +105,9 @@ class Program:
             for value in (*op.inputs, len(self.inputs) + number):
                 last[value] = number
         dead: list[list[int]] = [[] for _ in self.ops]
+        outputs = set(self.outputs)
         for value, number in last.items():
-            if value not in set(self.outputs):
+            if value not in outputs:
                 dead[number].append(value)
         return tuple(tuple(values) for values in dead)
 
@@ -115,6 +121,13 @@ class Program:
         """How often each operator occurs, in the table's order."""
         names = [op.name for op in self.ops]
         return {name: names.count(name) for name in OPERATORS if name in names}
+
+
+def _require_few(operators: int) -> None:
+    if operators > MAX_OPERATORS:
+        raise OperatorError(
+            f"a Program of {operators} operators: expected at most {MAX_OPERATORS}; cut the model into more blocks"
+        )
 
 
 def _op_record(op: Op) -> OpRecord:
@@ -162,6 +175,7 @@ def decode_program(data: bytes) -> Program:
     """The Program with this encoding; IntegrityError or OperatorError for whatever `encode_program` never writes."""
     record = decode(ProgramRecord, data)
     header, labels = record.header, record.labels
+    _require_few(len(record.operators))
     if not header.operators == len(record.operators) == len(labels.numbers):
         raise OperatorError(
             f"{len(record.operators)} operators, {len(labels.numbers)} labels, {header.operators} stated"

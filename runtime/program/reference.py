@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from runtime import memory
 from runtime.program.executor import ArithmeticFault, Observer
-from runtime.program.program import Program
+from runtime.program.program import Op, Program
 from runtime.program.types import NUMPY
 from storage.errors import FailureError
 
@@ -200,10 +201,11 @@ class ReferenceExecutor:
         with torch.inference_mode():
             for number, op in enumerate(program.ops):
                 started = time.perf_counter() if self._profile is not None else 0.0
+                operands = [values[i] for i in op.inputs]
+                if self._device == "cpu":
+                    memory.require(_room(op, operands), f"operator {number} ({op.name}, {op.label or 'no label'})")
                 try:
-                    values[first + number] = self._apply(
-                        program, op.name, op.attributes, [values[i] for i in op.inputs]
-                    )
+                    values[first + number] = self._apply(program, op.name, op.attributes, operands)
                 except Refused as refusal:
                     raise ArithmeticFault(
                         operator=number, opcode=op.name, label=op.label,
@@ -268,6 +270,14 @@ class ReferenceExecutor:
             array = np.frombuffer(program.constants[key[0]], dtype=NUMPY[key[1]].newbyteorder("<"))
             self._constants[key] = torch.from_numpy(array.copy()).to(self._device)
         return self._constants[key].reshape(tuple(attributes["shape"]))
+
+
+def _room(op: Op, operands: Sequence[Tensor]) -> int:
+    """Bytes that an operator makes: nothing where its output shares memory with an operand."""
+    if op.name in ("broadcast", "transpose", "slice") or (op.name == "reshape" and operands[0].is_contiguous()):
+        return 0
+    digits = sum(operand.numel() for operand in operands) if op.name == "dot" else 0
+    return op.type.elements * NUMPY[op.type.dtype].itemsize + 4 * digits
 
 
 def _vectors() -> tuple[np.ndarray, np.ndarray]:

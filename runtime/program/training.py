@@ -15,17 +15,27 @@ Calling conventions (inputs -> outputs); `rng` is i64[6], see `random.py`; E is 
 Tensors are flat in the last four and cut into chunks of CHUNK elements, so one Program serves every chunk of a length.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from runtime.program.program import Program, decode_program, encode_program
+from runtime.program.types import MAX_AXES
 from storage import merkle
 from storage.codec import U32, U64, Digest, decode, encode, record
 from storage.errors import IntegrityError
 
 CHUNK = 2**18
 """Elements in a chunk: 256 leaves of 4 KiB in f32 and 512 in i64, powers of two, so that chunk roots compose."""
+
+
+MOST_PARTS = 2**14
+"""Tensors, blocks or programs of a training, which plans go through in pairs: a Llama of 80 layers has 700 tensors."""
+MOST_WEIGHTS = 2**36
+"""Elements of all tensors together: layouts list every chunk of them, whatever a TensorSpec claims."""
+MOST_OPERATORS = 2**19
+"""Operators of all programs together: decoding goes through some 15,000 a second."""
 
 
 @record(kind=80)
@@ -195,38 +205,76 @@ class TrainingProgram:
 
     @classmethod
     def decode(cls, data: bytes) -> "TrainingProgram":
-        """The TrainingProgram with these bytes; IntegrityError or OperatorError where they are not ones."""
-        file = decode(TrainingFile, data)
-        programs = tuple(map(decode_program, file.programs))
-        if tuple(p.root for p in programs) != file.header.programs:
-            raise IntegrityError(
-                "a training program's parts do not have the roots it states: fetch it again", digest=""
-            )
-        return cls(header=file.header, programs=programs)
+        """The TrainingProgram with these bytes; IntegrityError or OperatorError where they are not ones.
+
+        The last two are kept: the workers of a process have one Program between them.
+        """
+        return _decoded(bytes(data))
+
+
+@lru_cache(maxsize=2)
+def _decoded(data: bytes) -> TrainingProgram:
+    file = decode(TrainingFile, data)
+    _check_size(file)
+    programs: list[Program] = []
+    operators = 0
+    for part in file.programs:
+        programs.append(decode_program(part))
+        operators += len(programs[-1].ops)
+        if operators > MOST_OPERATORS:
+            raise _too_large("operators", operators, MOST_OPERATORS)
+    if tuple(p.root for p in programs) != file.header.programs:
+        raise IntegrityError("a training program's parts do not have the roots it states: fetch it again", digest="")
+    return TrainingProgram(header=file.header, programs=tuple(programs))
+
+
+def _check_size(file: TrainingFile) -> None:
+    """IntegrityError where a file has more parts than a training has; it may be anybody's, so this comes first."""
+    header = file.header
+    axes = max((len(spec.shape) for spec in header.tensors), default=0)
+    if axes > MAX_AXES:
+        raise _too_large("axes of a tensor", axes, MAX_AXES)
+    for what, found, most in (
+        ("programs", len(file.programs), MOST_PARTS),
+        ("tensors", len(header.tensors), MOST_PARTS),
+        ("blocks", len(header.blocks), MOST_PARTS),
+        ("rows of a table", max(map(len, _tables(header))), MOST_PARTS),
+        ("weights", sum(math.prod(spec.shape) for spec in header.tensors), MOST_WEIGHTS),
+    ):
+        if found > most:
+            raise _too_large(what, found, most)
+
+
+def _too_large(what: str, found: int, most: int) -> IntegrityError:
+    return IntegrityError(
+        f"a training program: expected at most {most} {what}, got {found}; audit it with a version that takes more",
+        digest="",
+    )
+
+
+def _tables(header: TrainingRecord) -> list[tuple[Sized, ...]]:
+    return [header.exponent, header.square, *(t for spec in header.tensors for t in (spec.initial, spec.update))]
 
 
 def _check(header: TrainingRecord, programs: tuple[Program, ...]) -> None:
     """IntegrityError where the record does not describe a training that can run: numbers, names and chunk lengths."""
     numbers = [header.loss, header.metric, *(n for k in header.kinds for n in (k.forward, k.backward, k.evaluate))]
-    tables = [header.exponent, header.square, *(t for spec in header.tensors for t in (spec.initial, spec.update))]
-    numbers += [row.program for table in tables for row in table]
+    numbers += [row.program for table in _tables(header) for row in table]
     names = [spec.name for spec in header.tensors]
+    known = set(names)
     problems = {
         "a program number out of range": max(numbers) >= len(programs),
-        "tensors that are not sorted by name": names != sorted(set(names)),
+        "tensors that are not sorted by name": names != sorted(known),
         "a block of an unknown kind": any(b.kind >= len(header.kinds) for b in header.blocks),
-        "a block with an unknown tensor": any(not set(b.tensors) <= set(names) for b in header.blocks),
+        "a block with an unknown tensor": any(not set(b.tensors) <= known for b in header.blocks),
         "no blocks or no micro-batches": not header.blocks or header.micro_batches == 0,
     }
+    shared = [{row.elements for row in table} for table in (header.exponent, header.square)]
     for spec in header.tensors:
-        elements = 1
-        for size in spec.shape:
-            elements *= size
+        elements = math.prod(spec.shape)
         lengths = {n for n in (min(elements, CHUNK), elements % CHUNK) if n}  # of chunk_lengths, whatever the size
-        for table in (spec.initial, spec.update, header.exponent, header.square):
-            problems[f"no program for a chunk of {spec.name}"] = not lengths <= {row.elements for row in table}
-            if problems[f"no program for a chunk of {spec.name}"]:
-                break
+        tables = [*shared, *({row.elements for row in table} for table in (spec.initial, spec.update))]
+        problems[f"no program for a chunk of {spec.name}"] = any(not lengths <= table for table in tables)
     for problem, found in problems.items():
         if found:
             raise IntegrityError(f"a training program with {problem}: made by another version?", digest="")

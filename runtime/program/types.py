@@ -19,6 +19,8 @@ NUMPY: dict[str, np.dtype] = {
 }
 
 MAX_ELEMENTS = 2**40
+MAX_AXES = 32
+"""What arrays of numpy and torch can have, and manifests take."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Type:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown element type {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        if len(self.shape) > MAX_AXES:
+            raise ValueError(f"a shape of {len(self.shape)} axes: expected at most {MAX_AXES}")
         if any(not 0 <= size <= MAX_ELEMENTS for size in self.shape) or self.elements > MAX_ELEMENTS:
             raise ValueError(f"shape {list(self.shape)} is negative or larger than 2^40 elements")
 

@@ -20,7 +20,7 @@ from storage.saving import save_state
 from storage.store import CHECKPOINTS, OBJECTS, PACKS, Store, hashed_key, memory_store
 from verification.audit import AuditReport, Diverged, Inconclusive, Match, audit, overall
 from verification.replay import Replay
-from verification.sampling import miss_probability, sample
+from verification.sampling import miss_probability
 
 EVERY = lambda history, total: range(total)  # noqa: E731
 
@@ -329,15 +329,6 @@ def test_divergence_outweighs_everything() -> None:
     assert overall([Match(), Inconclusive(reason="r"), diverged]) == diverged
     assert overall([Match(), Inconclusive(reason="r")]) == Inconclusive(reason="r")
     assert overall([Match()]) == Match()
-
-
-def test_samples_are_drawn_by_the_seed() -> None:
-    run = bytes(32)
-    assert sample(run, 10, 3, 1) == sample(run, 10, 3, 1)
-    assert len({sample(run, 10, 3, seed) for seed in range(20)}) > 10
-    assert sample(run, 3, 5, 1) == (0, 1, 2)
-    drawn = [index for seed in range(400) for index in sample(run, 10, 1, seed)]
-    assert all(20 <= drawn.count(index) <= 65 for index in range(10))
 
 
 def test_the_chance_of_missing_forged_segments() -> None:

@@ -11,12 +11,12 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from runtime.memory import LARGE, available
 from runtime.program.compiler import products
 from runtime.program.compiler.axes import View
 from runtime.program.compiler.graph import make_graph, tensor_of
@@ -310,20 +310,6 @@ class CompiledExecutor(ReferenceExecutor):
                     view = ready.plan.views[value]
                     made.append(show(memory[view.buffer], view).contiguous())
         return made
-
-
-LARGE = 2**24
-"""Bytes from which memory is asked for only after a look at how much there is."""
-
-
-def available() -> int | None:
-    """Bytes of memory that this host can still give, None where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0][1]) * 1024 if found else None
 
 
 def allocate(elements: int, dtype: torch.dtype) -> Tensor:

@@ -85,6 +85,11 @@ class Cluster:
         """Whether it can take no further axes."""
         return self.inner is not None or self.accumulates
 
+    @property
+    def sums(self) -> int:
+        """How many sums and maxima it has."""
+        return sum(member.op.name in REDUCTIONS for member in self.members.values())
+
 
 @dataclass(frozen=True)
 class Single:
@@ -363,6 +368,8 @@ class Fusion:
         axes = self.axes
         if sum(len(c.members) for c in clusters) >= MOST:
             return False
+        if sum(c.sums for c in clusters) > SUMS:
+            return False
         space = list(dict.fromkeys(a for c in clusters for a in axes.leaves(c.space)))
         space += [a for a in dict.fromkeys(a for dim in dims if dim for a in axes.leaves(dim)) if a not in space]
         inners = [set(axes.leaves(c.inner)) for c in clusters if c.inner is not None]
@@ -433,6 +440,8 @@ class Fusion:
             operand: Operand = self._operand(where, op.inputs[0], dims, cluster)
         else:
             cluster, operand = self._cluster[where.source], Local(where.source)
+            if cluster.sums >= SUMS:
+                return False
             dims = tuple(self._concrete(d, n) for d, n in zip(where.dims, shape, strict=True))
             fresh = {a for d in dims if d for a in d} - {a for d in where.dims if d for a in d}
             if not self._spans((*cluster.space, *fresh), dims) or (fresh and cluster.frozen):
@@ -447,7 +456,7 @@ class Fusion:
         known = self._by_view.get((number, view))
         if known is not None:
             cluster, dims = known
-            if all(d is not None for d in dims) and self._spans(cluster.space, dims):
+            if cluster.sums < SUMS and all(d is not None for d in dims) and self._spans(cluster.space, dims):
                 return cluster, dims
         dims = tuple((self.axes.new(n),) if n > 1 else () for n in shape)
         if not all(self.axes.cut(d or (), a) for d, a in zip(dims, view.dims, strict=True)):
@@ -498,6 +507,9 @@ LAZY = 4096
 """Values of fewer elements are made as soon as they can be."""
 CHAIN = 50
 """Lazy values that wait for one another, at most."""
+SUMS = 24
+"""Sums and maxima in a cluster, at most: each is a loop of its own in one kernel, which LLVM takes more than in
+proportion for (80 of them 11 s)."""
 MOST = 1000
 """Operators in a cluster, at most: compiling takes longer than in proportion, and a Program is anybody's."""
 

@@ -528,9 +528,10 @@ def _vectorise(text: str) -> str:
     if "avx512f" not in features():
         return re.sub(r", !llvm\.loop !\d+", "", text)
     wide = '!{!"llvm.loop.vectorize.width", i32 16}'
+    free = 1 + max(map(int, re.findall(r"^!(\d+) = ", text, flags=re.MULTILINE)), default=0)
     return re.sub(
         r'^!(\d+) = !\{ !"vectorised", i32 \d+ \}$',
-        lambda m: f"!{m[1]} = distinct !{{!{m[1]}, !9{m[1]}}}\n!9{m[1]} = {wide}",
+        lambda m: f"!{m[1]} = distinct !{{!{m[1]}, !{free + int(m[1])}}}\n!{free + int(m[1])} = {wide}",
         text,
         flags=re.MULTILINE,
     )
