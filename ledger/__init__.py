@@ -1,6 +1,7 @@
-"""Escrow, stakes, segment commitments, disputes and payouts on a chain: the contracts and their Python side.
+"""Escrow, stakes, segment commitments, verdicts and payouts on a chain: the contracts and their Python side.
 
-Nothing lives here yet. The package will hold the `Ledger` seam with its back ends (an in-memory model, an embedded
-chain, any RPC URL), the Solidity sources and their compiled artifacts. It sees storage and nothing else of the project;
-web3 is imported in `ledger.web3_ledger` only.
+It sees storage and nothing else of the project. `port` is the seam: terms, segments, and the `Ledger` that back ends
+implement; `model` is one in memory and the executable form of docs/ledger.md, `web3_ledger` the one behind a node, with
+`embedded` for a chain in a file. Operators and verifiers find their part in `secrets` and `payouts`, whoever sets
+terms in `economics`. web3 is imported in `web3_ledger` only.
 """
