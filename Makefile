@@ -1,4 +1,4 @@
-# make run    the quickstart from a fresh clone: train on a local Ray cluster, compare with the lock, audit
+# make run    the quickstart from a fresh clone: train on a local Ray cluster, compare with the lock, audit, settle
 # make test   environment, style, types, layers, tests
 # make lint   the first three checks of `make test`
 # make clean  what the other targets made
@@ -27,7 +27,8 @@ run: $(VENV)/.installed
 	rm -rf $(STORE)
 	$(BIN)/python -m trueweight run recipes/quickstart.toml --replicas 2 --stages 2 --store $(STORE) --lock recipes/quickstart.lock.toml
 	$(BIN)/python -m trueweight audit quickstart --sample 1 --store $(STORE)
-	@echo "This machine produced the published bytes: the roots equal recipes/quickstart.lock.toml, and a replay gave them again."
+	$(BIN)/python -m trueweight settle quickstart --terms recipes/quickstart.terms.toml --store $(STORE)
+	@echo "This machine produced the published bytes: the roots equal recipes/quickstart.lock.toml, a replay gave them again, and their work is paid."
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -35,7 +36,7 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest $(PYTEST)
+	$(BIN)/pytest -n 2 --dist loadfile $(PYTEST)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -22,6 +22,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from benchmarks.harness import Goal, Row, main
 from benchmarks.local import RECIPES
 from runtime.controller import Controller, Event, Stepped
@@ -31,7 +33,7 @@ from runtime.groups import LocalGroup
 from runtime.plan import Plan, make_plan
 from runtime.recipe import load_recipe
 from runtime.segments import History
-from runtime.worker import worker_builder
+from runtime.worker import StageWorker, worker_builder
 from storage.errors import FailureError
 from storage.records import StepRecord
 from storage.store import Store, open_store
@@ -43,6 +45,8 @@ from verification.replay import Material, Replay
 RECIPE = RECIPES / "quickstart.toml"
 CLOSE = 10
 """Per cent by which a replay may differ from its share of training."""
+DIGESTS = 2
+"""Per cent of a step that digesting what units take and give may cost."""
 
 
 class Clock:
@@ -61,6 +65,17 @@ class Clock:
         """It is done."""
         self.wall[-1] += time.perf_counter()
         self.processor[-1] += time.thread_time()
+
+
+class Noting(StageWorker):
+    """A worker that times the digests of what its units take and give."""
+
+    seconds = 0.0
+
+    def _note(self, step: int, micro_batch: int, **arrays: np.ndarray | None) -> None:
+        started = time.perf_counter()
+        super()._note(step, micro_batch, **arrays)
+        Noting.seconds += time.perf_counter() - started
 
 
 def trained(folder: Path, name: str, arguments: argparse.Namespace, *, steps: int, stages: int, replicas: int) -> Clock:
@@ -88,7 +103,7 @@ def trained(folder: Path, name: str, arguments: argparse.Namespace, *, steps: in
     Controller(
         store=store,
         job=replace(job, feed=Timed(recipe=recipe, dataset=job.feed.dataset)),
-        group=LocalGroup(worker_builder(named(arguments.executor))),
+        group=LocalGroup(worker_builder(named(arguments.executor), Noting)),
         plan=make_plan(blocks=blocks, stages=stages, replicas=replicas, micro_batches=micro_batches),
         keys=str(folder / "keys"),
         threads=arguments.threads,
@@ -147,7 +162,11 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         yield from rates(folder, arguments)
-        trained(folder, "spread", arguments, steps=2 * arguments.segment, stages=2, replicas=2)
+        Noting.seconds = 0.0
+        spread = trained(folder, "spread", arguments, steps=2 * arguments.segment, stages=2, replicas=2)
+        share = 100 * Noting.seconds / sum(spread.wall)
+        goal = Goal(relation="<=", limit=DIGESTS)
+        yield Row(name="digests of units, 2 x 2 workers, of a step", value=share, unit="%", goal=goal)
         for worker in ("", "s0r0", "s1r1"):
             told = unit_audit(folder, "spread", worker, arguments)
             label = f"the units of {worker} of 2 x 2 workers" if worker else "a segment"

@@ -3,7 +3,7 @@
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from typer.exceptions import TyperException
 
+from ledger.port import DryRun
 from runtime import executors, recipe_keys
 from runtime.controller import Ended, Job
 from runtime.doctor import examine
@@ -19,7 +20,7 @@ from runtime.program import vectors
 from runtime.recipe import load_recipe
 from runtime.segments import FINISHED, History
 from storage.errors import FailureError, TrueweightError, UsageError
-from trueweight import audit_cli, investigation, lab_cli, pinpoint_cli, reports, store_cli, wiring
+from trueweight import audit_cli, investigation, lab_cli, ledger_cli, pinpoint_cli, reports, store_cli, wiring
 from trueweight.audit_cli import integers
 from trueweight.console import console_for, print_json, say, teller, writer
 from trueweight.locks import check_lock, read_lock, write_lock
@@ -40,6 +41,7 @@ app.command("pinpoint")(pinpoint_cli.pinpoint_command)
 app.add_typer(pinpoint_cli.evidence_app, name="evidence")
 app.command("diff")(lab_cli.diff_command)
 app.command("selfcheck")(lab_cli.selfcheck_command)
+ledger_cli.register(app)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in TOML.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name; `trueweight runs` lists them.")]
@@ -73,6 +75,9 @@ def run(
     inject: Annotated[
         list[str] | None, typer.Option(metavar="FAULT", help="Spoil the run; see docs/pinpoint.md. With --local.")
     ] = None,
+    ledger: Annotated[
+        str, typer.Option(metavar="WHERE", help="Commit each segment: embedded, anvil, or a node's URL.")
+    ] = "",
     as_json: AsJson = False,
 ) -> int:
     """Train a recipe. Where and by how many workers changes no bit.
@@ -104,6 +109,9 @@ def run(
         if inject:
             group = investigation.spoiled(objects, job, plan, inject, local=local, executor=executor)
         training = Training(console=console, store=objects, job=job, keys=keys, threads=threads)
+        if ledger:
+            tell = ledger_cli.committer(store, chosen, ledger, keys=keys, tell=teller(console))
+            training = replace(training, also=tell)
         ended = training.run(group, plan)
     return report_end(console, ended, job, as_json=as_json, store=store, lock=(lock, expected))
 
@@ -346,6 +354,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrueweightError as error:
         print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return error.exit_code
+    except DryRun as end:
+        print(end)
+        return 0
     except KeyboardInterrupt:
         print("aborted: nothing half-written; `trueweight runs` lists what can be resumed", file=sys.stderr)
         return INTERRUPTED_EXIT

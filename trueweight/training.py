@@ -24,13 +24,17 @@ INTERRUPTED_EXIT = 130
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One job in one store with the observers of its controller; `keys` and `threads` are the workers'."""
+    """One job in one store with the observers of its controller; `keys` and `threads` are the workers'.
+
+    `also` is told every event last.
+    """
 
     console: Console
     store: Store
     job: Job
     keys: str
     threads: int
+    also: Callable[[Event], None] = lambda _: None
 
     def run(self, group: WorkerGroup, plan: Plan, history: History | None = None) -> Ended:
         """How the run ended: finished, or stopped by a signal. `history` is the run to go on with."""
@@ -41,6 +45,7 @@ class Training:
         def observe(event: Event) -> None:
             progress(event)
             journal(event)
+            self.also(event)
 
         try:
             with StopRequest(tell_from_signal) as stop:

@@ -1,0 +1,418 @@
+"""A run on a ledger, from escrow to payout. Every step looks first what is there, so any of them can be repeated.
+
+    open -> accept -> begin -> join -> commit -> draw -> seal -> reveal -> unseal -> finalise -> settle, claim -> close
+
+Who plays a part is whose key is here: on an embedded chain everybody, else perhaps only the operator or a verifier.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
+from typing import Any
+
+from ledger.payouts import Payouts, Work, payouts
+from ledger.port import Account, Commitment, Event, Ledger, Outcome, Role, Run, Segment, Status
+from ledger.secrets import Chain, committed_form, forced, record_seal, shadow, verdict_seal
+from runtime.program.training import TrainingProgram
+from runtime.segments import History
+from storage.codec import decode, encode
+from storage.errors import UsageError
+from storage.records import Receipt, SegmentRecord
+from verification.audit import Diverged, Inconclusive, audit_segment
+from verification.replay import Replay
+from verification.verdicts import witness
+
+BATCH = 8
+"""Segments committed in one transaction."""
+DELAY = 4
+"""Blocks between what a beacon is about and the beacon's block."""
+
+MakeReplay = Callable[[bool], Replay]
+"""A replay of the run, traced or not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parties:
+    """Who plays which part here; `secrets` derives each account's own secrets from its key."""
+
+    submitter: Account
+    operator: Account
+    court: Account
+    verifiers: tuple[Account, ...]
+    workers: tuple[Account, ...]
+    secrets: Mapping[Account, bytes]
+
+    def secret(self, account: Account, *about: bytes) -> bytes:
+        """32 bytes that only the holder of the account's key can make, the same every time."""
+        return sha256(b"trueweight-secret-v1\0" + self.secrets[account] + b"".join(about)).digest()
+
+    def has(self, account: Account) -> bool:
+        """Whether the account's key is here."""
+        return account in self.secrets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed:
+    """A segment as the ledger has it."""
+
+    segment: Segment
+    record: SegmentRecord
+
+
+@dataclass(kw_only=True)
+class Settlement:
+    """One run of a store on one ledger, under `terms`."""
+
+    ledger: Ledger
+    history: History
+    terms: Run
+    parties: Parties
+    replay: MakeReplay
+    tell: Callable[[str], None] = lambda _: None
+    _program: TrainingProgram = field(init=False)
+    _witnesses: dict[bytes, bytes] = field(init=False, default_factory=dict)
+    _seen: list[Event] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._program = TrainingProgram.decode(self.history.store.get(self.history.run.programs))
+
+    # ------------------------------------------------------------------------------------------------- what is there
+
+    @property
+    def state(self) -> Any:
+        """The ledger's RunState."""
+        return self.ledger.read("run_of", self.terms.id)
+
+    def committed(self) -> list[Committed]:
+        """The segments of the run that are pending or final, in order."""
+        found: dict[int, Committed] = {}
+        for event in self._events():
+            if event.name == "Committed" and event.args["id"] == self.terms.id:
+                record = decode(SegmentRecord, event.args["record"])
+                found[record.index] = Committed(segment=event.args["data"], record=record)
+        return [found[index] for index in sorted(found) if index < self.state.committed]
+
+    def payouts(self, record: SegmentRecord) -> Payouts:
+        """What the receipts of a segment earn."""
+        receipts = [decode(Receipt, item) for item in self.history.items(record.receipts_object)]
+        return payouts(receipts, self._work(record), self.terms.price)
+
+    def _work(self, record: SegmentRecord) -> Work:
+        return Work(
+            run=self.history.run_digest,
+            first_step=record.first_step,
+            steps=record.steps,
+            micro_batches=self._program.micro_batches,
+            blocks=len(self._program.blocks),
+        )
+
+    def _do(self, sender: Account, function: str, *args: Any, value: int = 0) -> None:
+        self.ledger.send(sender, function, self.terms, *args, value=value)
+
+    def _short(self, account: Account, need: int) -> int:
+        """What has to be sent along so that the account's balance covers `need`; tokens are deposited beforehand."""
+        have = int(self.ledger.read("balance_of", self.terms.token, account))
+        return max(need - have, 0)
+
+    # --------------------------------------------------------------------------------------------------------- opening
+
+    def open(self) -> None:
+        """Escrow by the submitter, the operator's bond and chain of secrets, the run's beacon, everybody's bonds."""
+        terms, parties = self.terms, self.parties
+        if self.state.status == Status.NONE:
+            if not parties.has(terms.submitter):
+                raise UsageError(f"run {self.history.name}: not on the ledger; its submitter opens it first")
+            need = escrow(terms) + terms.pot
+            self._do(terms.submitter, "open", encode(self.history.run), value=self._short(terms.submitter, need))
+            self.tell(f"escrow opened by the submitter: {need} for {terms.segments} segments")
+        if self.state.status == Status.OPEN and parties.has(terms.operator):
+            chain = self._chain.end
+            self._do(terms.operator, "accept", chain, value=self._short(terms.operator, terms.operator_bond))
+            self.tell(f"accepted by the operator, bond {terms.operator_bond}")
+        if self.state.status == Status.ACTIVE and not self.state.begun:
+            self._await_block(self.state.beacon_block)
+            self._do(self._anybody(), "begin")
+        for role, accounts, bond in (
+            (Role.WORKER, parties.workers, terms.worker_bond),
+            (Role.VERIFIER, parties.verifiers, terms.verifier_bond),
+        ):
+            for account in accounts:
+                self.join(role, account, bond)
+
+    def join(self, role: Role, account: Account, bond: int) -> None:
+        """Put an account's bond up, unless it has been."""
+        if not self.parties.has(account) or self.ledger.read("bond_of", self.terms.id, role, account).exists:
+            return
+        seat = self.state.seats if role == Role.VERIFIER else 0
+        self._do(account, "join", role, seat, value=self._short(account, bond))
+        self.tell(f"{role.name.lower()} {account} joined, bond {bond}")
+
+    @cached_property
+    def _chain(self) -> Chain:
+        return Chain(self.parties.secret(self.terms.operator, b"chain", self.terms.id))
+
+    def _anybody(self) -> Account:
+        """Somebody whose key is here, for what anybody may do."""
+        return next(iter(self.parties.secrets))
+
+    def _await_block(self, number: int) -> None:
+        """Wait until the block is there and another on it."""
+        while (now := self.ledger.now())[0] <= number:
+            self.ledger.wait(now[1] + 1)
+
+    # ------------------------------------------------------------------------------------------------------ committing
+
+    def commit(self) -> int:
+        """Commit what the store has and the ledger has not; how many segments that were."""
+        records = self.history.segments()[: self.terms.segments]
+        done = 0
+        while (first := self.state.committed) < len(records):
+            batch = [self._commitment(record) for record in records[first : first + BATCH]]
+            self._do(self.terms.operator, "commit", batch)
+            done += len(batch)
+            self.tell(f"segments {first} to {first + len(batch) - 1} committed")
+        return done
+
+    def _commitment(self, record: SegmentRecord) -> Commitment:
+        state, found = self.state, self.payouts(record)
+        true = committed_form(record)
+        shown = true
+        if self.terms.forced_rate and self._forced(record.index, state):
+            steps = self.history.items(record.steps_object)
+            false, listed = shadow(record, steps, self._secret(record.index, state))
+            self.history.store.put(encode(listed))
+            shown = encode(false)
+        return Commitment(
+            record=shown,
+            work=found.work,
+            payout_root=found.tree.root,
+            payout=found.tree.sum,
+            seal=record_seal(sha256(true).digest(), self._salt(record.index, state.attempt)),
+        )
+
+    def _secret(self, index: int, state: Any) -> bytes:
+        """The secret with which a segment will be opened: one for every segment opened before it."""
+        opened = sum(event.name == "Unsealed" and event.args["segment"] in self._names() for event in self._events())
+        return self._chain.secret(opened + index - state.opened + 1)
+
+    def _events(self) -> Sequence[Event]:
+        """All events; those of the newest block seen are read again, for it may have had more."""
+        last = self._seen[-1].block if self._seen else 0
+        self._seen = [event for event in self._seen if event.block < last]
+        self._seen += self.ledger.events(last)
+        return self._seen
+
+    def _names(self) -> set[bytes]:
+        """Of every segment of the run that was ever committed."""
+        return {e.args["segment"] for e in self._events() if e.name == "Committed" and e.args["id"] == self.terms.id}
+
+    def _forced(self, index: int, state: Any) -> bool:
+        return forced(self._secret(index, state), state.beacon, index, state.attempt, self.terms.forced_rate)
+
+    def _salt(self, index: int, attempt: int) -> bytes:
+        return self.parties.secret(
+            self.terms.operator, b"seal", self.terms.id, index.to_bytes(4, "big") + attempt.to_bytes(4, "big")
+        )
+
+    # -------------------------------------------------------------------------------------------------------- verdicts
+
+    def judge(self) -> None:
+        """Draw beacons and verifiers, replay as the verifiers whose keys are here, seal and reveal their verdicts."""
+        pending = [one for one in self.committed() if self._outcome(one) == Outcome.PENDING]
+        if self.terms.verifiers:
+            for one in pending:
+                self._draw(one)
+        revealed = [(one, found) for one in pending for found in self._seal(one)]
+        for one, (account, ok, seen, salt) in revealed:
+            start = self._start(one)
+            if self._verdict(one, account).revealed:
+                continue
+            self.ledger.wait(start + self.terms.window // 2)
+            self._do(account, "reveal", one.segment, ok, seen, salt)
+            self.tell(f"segment {one.record.index}: {account} reveals {'match' if ok else 'diverged'}")
+
+    def _draw(self, one: Committed) -> None:
+        while not self._segment(one).drawn_at:
+            self._await_block(max(one.segment.block_number + DELAY, self._segment(one).rearmed))
+            self._do(self._anybody(), "draw", one.segment)
+
+    def _seal(self, one: Committed) -> list[tuple[Account, bool, bytes, bytes]]:
+        """(account, ok, witness, salt) of each verdict that is sealed."""
+        mine = [account for account in self._assigned(one) if self.parties.has(account)]
+        now, start = self.ledger.now()[1], self._start(one)
+        if not mine or now >= start + self.terms.window:
+            return []
+        audited = audit_segment(self.history, self.replay(False), self._records(), one.record.index, lambda _: None)
+        if isinstance(audited.verdict, Inconclusive):
+            self.tell(f"segment {one.record.index}: inconclusive, so no verdict: {audited.verdict.reason}")
+            return []
+        ok = not isinstance(audited.verdict, Diverged)
+        found = []
+        for account in mine:
+            seen, salt = self._witness(one), self.parties.secret(account, b"verdict", one.segment.name)
+            sealed = verdict_seal(one.segment.name, account, ok, seen, salt)
+            if not any(self._verdict(one, account).mark) and now < start + self.terms.window // 2:
+                self._do(account, "seal", one.segment, sealed)
+                self.tell(f"segment {one.record.index}: {account} seals a verdict")
+            if any(self._verdict(one, account).mark):
+                found.append((account, ok, seen, salt))
+        return found
+
+    def _records(self) -> list[SegmentRecord]:
+        return [one.record for one in self.committed()]
+
+    def _witness(self, one: Committed) -> bytes:
+        if one.segment.name not in self._witnesses:
+            beacon = self._segment(one).beacon
+            self._witnesses[one.segment.name] = witness(self.history, one.record, beacon, lambda: self.replay(True))
+        return self._witnesses[one.segment.name]
+
+    def _segment(self, one: Committed) -> Any:
+        return self.ledger.read("segment_of", one.segment.name)
+
+    def _verdict(self, one: Committed, account: Account) -> Any:
+        return self.ledger.read("verdict_of", one.segment.name, account)
+
+    def _assigned(self, one: Committed) -> tuple[Account, ...]:
+        return self.ledger.read("assigned_of", self.terms, one.segment) if self.terms.verifiers else ()
+
+    def _outcome(self, one: Committed) -> Outcome:
+        return Outcome(self.ledger.read("outcome_of", self.terms, one.segment))
+
+    def _start(self, one: Committed) -> int:
+        return int(self._segment(one).drawn_at) if self.terms.verifiers else one.segment.time
+
+    # ------------------------------------------------------------------------------------------------------- finishing
+
+    @property
+    def opens(self) -> bool:
+        """Whether segments have to be opened."""
+        return bool(self.terms.verifiers or self.terms.forced_rate)
+
+    def finalise(self) -> None:
+        """Open and finalise what can be; wait for the windows, but not for the court."""
+        for one in self.committed():
+            if self._outcome(one) != Outcome.PENDING:
+                continue
+            index = one.record.index
+            self.ledger.wait(self._start(one) + self.terms.window)
+            if self.opens and not self._segment(one).opened_at:
+                if not self.parties.has(self.terms.operator):
+                    self.tell(f"segment {index}: its operator has to open it")
+                    return
+                self._unseal(one)
+            state = self._segment(one)
+            if state.flags and not state.forced and not state.dismissed:
+                self.tell(f"segment {index}: flagged by {state.flags}; the court {self.terms.court} has to decide")
+                return
+            self._do(self._anybody(), "finalise", one.segment)
+            self.tell(f"segment {index} is final")
+
+    def _unseal(self, one: Committed) -> None:
+        index, attempt = one.record.index, one.segment.attempt
+        true = sha256(committed_form(self.history.segments()[index])).digest()
+        secret, seen = self._secret(index, self.state), self._witness(one) if self._assigned(one) else bytes(32)
+        self._do(self.terms.operator, "unseal", one.segment, secret, seen, true, self._salt(index, attempt))
+        was = "; it was a forced error" if self._segment(one).forced else ""
+        self.tell(f"segment {index} opened by the operator{was}")
+
+    def pay(self) -> None:
+        """Settle the verdicts and claim the work of final segments; the claims go to their keys' accounts."""
+        who = self._anybody()
+        for one in self.committed():
+            if self._outcome(one) != Outcome.FINAL:
+                continue
+            for account in self._assigned(one):
+                if not self._verdict(one, account).settled:
+                    self._do(who, "settle", one.segment, account)
+            self.claim(one, who)
+
+    def claim(self, one: Committed, sender: Account, key: Account | None = None) -> int:
+        """Claim for every key, or one; how many claims that were."""
+        tree, done = self.payouts(one.record).tree, 0
+        for leaf, (name, _) in enumerate(tree.amounts):
+            if key in (None, name) and not self.ledger.read("claimed", one.segment.name, leaf):
+                self._do(sender, "claim", one.segment, *tree.prove(leaf).arguments())
+                done += 1
+        return done
+
+    def close(self) -> None:
+        """The rest of the escrow back to the submitter, once every segment is final."""
+        state = self.state
+        if state.status != Status.ACTIVE or state.finalised < self.terms.segments:
+            return
+        self.ledger.wait(state.last + self.terms.answer + self.terms.dispute)
+        self._do(self.terms.submitter if self.parties.has(self.terms.submitter) else self._anybody(), "close")
+        self.tell("run closed: what was left is the submitter's again")
+
+    # --------------------------------------------------------------------------------------------------------- telling
+
+    def earnings(self) -> list[dict[str, Any]]:
+        """Who got what and why, from the ledger's events: rows of account, part, why, amount."""
+        names = {one.segment.name: one.record.index for one in self.committed()}
+        rows: dict[tuple[Account, str, str], list[int]] = defaultdict(list)
+        for event in self._events():
+            args = event.args
+            if event.name == "Claimed" and args["segment"] in names:
+                rows[args["account"], "worker", "units of work"].append(args["amount"])
+            elif event.name == "Finalised" and args["id"] == self.terms.id and self.terms.operator_fee:
+                rows[self.terms.operator, "operator", "fees for final segments"].append(self.terms.operator_fee)
+            elif event.name == "Settled" and args["segment"] in names and args["amount"]:
+                why = "verdicts" if args["amount"] > 0 else "bond lost"
+                rows[args["account"], "verifier", why].append(args["amount"])
+            elif event.name == "Closed" and args["id"] == self.terms.id:
+                rows[self.terms.submitter, "submitter", "escrow not used"].append(args["refund"])
+        return [
+            {"account": account, "part": part, "why": why, "times": len(amounts), "amount": sum(amounts)}
+            for (account, part, why), amounts in sorted(rows.items(), key=lambda item: (item[0][1], item[0][0]))
+        ]
+
+
+def escrow(terms: Run) -> int:
+    """What the submitter puts up, less the pot."""
+    each = terms.work * terms.price + terms.operator_fee + terms.verifiers * terms.verifier_fee
+    return terms.segments * each
+
+
+def default_terms(history: History, segments: int, steps: int, **chosen: Any) -> Run:
+    """Terms for a run of so many segments of so many steps; `chosen` are the parties and whatever else is other.
+
+    A unit of work is worth 10^12 of the smallest unit; everything else follows from a segment's pay.
+    """
+    program = TrainingProgram.decode(history.store.get(history.run.programs))
+    work = steps * program.micro_batches * len(program.blocks)
+    price = chosen.pop("price", 10**12)
+    pay = work * price
+    state = len(program.tensors) * (1 + len(program.slots))
+    known = {
+        "record": history.run_digest,
+        "initial_state": history.run.initial_state,
+        "segments": segments,
+        "tensors": state,
+        "work": work,
+        "price": price,
+        "operator_fee": pay // 10,
+        "verifier_fee": pay * 3 // 2,
+        "operator_bond": pay * 40,
+        "worker_bond": pay * 4,
+        "verifier_bond": pay * 15,
+        "flag_bond": pay,
+        "pot": pay * 24,
+        "jackpot": pay * 12,
+        "rate": 2**30,
+        "forced_rate": 2**32 // 10,
+        "verifiers": 1,
+        "reporter_share": 30,
+        "harmed_share": 20,
+        "miss_penalty": 10,
+        "window": 7_200,
+        "answer": 3_600,
+        "dispute": 86_400,
+    }
+    unknown = sorted(set(chosen) - {field.name for field in dataclasses.fields(Run)})
+    if unknown:
+        raise UsageError(f"terms: expected keys of `trueweight ledger terms`, got {', '.join(unknown)}; correct them")
+    return Run(**(known | chosen))
