@@ -7,7 +7,6 @@ forward. A lock on the file lets one process at a time go on with it. Nothing he
 import fcntl
 import json
 import os
-import sys
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -19,8 +18,6 @@ from eth_utils.address import to_canonical_address
 
 from storage.errors import FailureError
 from storage.files import file_failure, make_folder
-
-sys.setrecursionlimit(1_000)  # Python's own: py-evm raises it, and whoever reads hostile bytes here leans on it
 
 GENESIS_TIME = 1_700_000_000
 CHAIN_ID = 131277322940537

@@ -22,6 +22,7 @@ from runtime.families import (
 )
 from runtime.fields import Section, about, place, shown, suggestion
 from storage.errors import UsageError
+from storage.foreign import parse_json
 
 FORMAT = 1  # of the canonical form
 
@@ -263,21 +264,15 @@ def parse_recipe(text: str, source: str = "recipe") -> Recipe:
         raise UsageError(f"{source}: {error}") from error
 
 
-MOST_BRACKETS = 2_000
-"""Of a committed recipe: it may be anybody's, and Python's JSON reader goes as deep as the stack, or through it."""
-
-
 def decode_recipe(data: bytes) -> Recipe:
     """The recipe whose `canonical()` is `data`; UsageError where it is not exactly canonical or of another format."""
     got = shown(data)
     try:
-        if data.count(b"[") + data.count(b"{") > MOST_BRACKETS:
-            raise ValueError("too many brackets")
-        tables = json.loads(data)
+        tables = parse_json(data)
         if not isinstance(tables, dict) or tables.pop("format", None) != FORMAT:
             raise UsageError(f"committed recipe: expected format {FORMAT}, got {got}; use a matching Trueweight")
         recipe = from_tables(tables)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UsageError(f"committed recipe: expected canonical JSON, got {got}; fetch it again") from error
     if recipe.canonical() != data:
         raise UsageError(f"committed recipe: expected canonical JSON, got {got}; use a matching Trueweight")

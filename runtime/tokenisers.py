@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from storage.errors import UsageError
+from storage.foreign import parse_json
 
 PIECE = 1 << 16  # characters encoded at a time; a part of the definition, because no merge spans two pieces
 
@@ -98,13 +99,13 @@ def train_bpe(text: str, vocab: int) -> BpeTokeniser:
 def open_tokeniser(data: bytes, source: str) -> Tokeniser:
     """The tokeniser whose `to_bytes()` is `data`; UsageError naming `source` where it is none."""
     try:
-        given = json.loads(data)
+        given = parse_json(data)
         if given == {"kind": "bytes"}:
             return ByteTokeniser()
         if isinstance(given, dict) and given.keys() == {"kind", "merges"} and given["kind"] == "bpe":
             return BpeTokeniser([split(merge) for merge in given["merges"]])
         got = "another JSON value"
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         got = str(error)
     raise UsageError(
         f"tokeniser {source}: expected JSON with kind 'bytes', or kind 'bpe' and merges, got {got}; "

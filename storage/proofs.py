@@ -7,7 +7,6 @@ frames and from the entries of the manifest, so the prover reads one frame and t
 are in docs/formats.md. Everything in a proof is hashed, so a proof that passes says what its root says.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from storage import merkle
 from storage.checkpoints import Checkpoint
 from storage.codec import decode, encode, record_digest
 from storage.errors import IntegrityError, UsageError
+from storage.foreign import parse_json
 from storage.frames import FRAME_BYTES
 from storage.manifest import DTYPES, itemsize, tensor_bytes
 from storage.records import SegmentRecord, TensorEntry
@@ -92,7 +92,7 @@ def check(proof: Mapping[str, Any]) -> Proven:
 def read_proof(text: str) -> dict[str, Any]:
     """The proof in a JSON text; UsageError where it is none."""
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError as error:
         raise UsageError(f"proof: expected JSON, got {error}; make it again with `trueweight store prove`") from error
     if not isinstance(found, dict):

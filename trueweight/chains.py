@@ -1,7 +1,6 @@
 """Which ledger a command talks to: the embedded chain of a store, an anvil that it starts, or somebody's node.
 
-web3 and py-evm are imported where they are used: they take a second, and py-evm raises Python's limit on recursion, on
-which the readers of hostile bytes lean.
+web3 and py-evm are imported where they are used, for they take a second.
 
 A store in a folder keeps its chains in `ledger/`: `chain.jsonl` (embedded), `anvil.json`, and `deployments.json` with
 the contracts' addresses by chain.

@@ -25,6 +25,7 @@ from storage import merkle
 from storage.checkpoints import open_checkpoint
 from storage.codec import NO_DIGEST, decode
 from storage.errors import FailureError, TrueweightError, UsageError
+from storage.foreign import parse_json
 from storage.frames import FRAME_BYTES
 from storage.identity import receipt_signer_ok
 from storage.manifest import itemsize, tensor_bytes
@@ -213,7 +214,7 @@ class _Work:
         return self._data(a, b) or self._initial(a, b) or self._segments(a, b)
 
     def _recipes(self, first: History, second: History) -> Differ | None:
-        tables = [_flat(json.loads(history.store.get(history.run.recipe))) for history in (first, second)]
+        tables = [_flat(parse_json(history.store.get(history.run.recipe))) for history in (first, second)]
         keys = [key for key in sorted(set(tables[0]) | set(tables[1])) if tables[0].get(key) != tables[1].get(key)]
         for key in set(keys) & set(LABELS):
             self.notes.append(f"{key} of the recipe differs, which changes no bit")

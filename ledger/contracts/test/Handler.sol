@@ -68,7 +68,6 @@ contract Handler {
     FuzzBeacon public immutable beacon = new FuzzBeacon();
 
     string public fault;
-    bytes public seen;
     address[] public people;
     uint256 public time = 1e9;
     uint256 public height = 1000;
@@ -707,8 +706,6 @@ contract Handler {
         (bool done, bytes memory result) = address(ledger).call{value: value}(data);
         if (!done) {
             if (!_known[bytes4(result)]) {
-                // What it was, since nobody sees it again where a refused call before has left something behind.
-                seen = abi.encode(sender, sender.balance, value, gasleft(), data, result);
                 _report("refused with no error of the ledger's");
                 return;
             }

@@ -47,7 +47,7 @@ contract RecordsTest {
         view
     {
         (string memory dtype, uint256 width) = _dtype(kind);
-        vm.assume(shape.length < 20);
+        if (shape.length > 20) shape = shape[:20];
         bytes memory call_ = abi.encodeCall(Reader.tensor, (Writer.entry(name, dtype, shape, root)));
         (uint256 size, bool fits) = _size(width, shape);
         if (!fits) {
@@ -76,7 +76,7 @@ contract RecordsTest {
         external
         view
     {
-        vm.assume(shape.length < 20);
+        if (shape.length > 20) shape = shape[:20];
         (string memory dtype,) = _dtype(kind);
         bytes memory data = Writer.entry(name, dtype, shape, bytes32(cut));
         require(_refuses(abi.encodeCall(Reader.tensor, (bytes.concat(data, hex"00"))), "entry"), "longer");
