@@ -2,7 +2,7 @@
 
 import dataclasses
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,8 @@ import typer
 
 from ledger.economics import break_even, judge, segment_detection
 from ledger.payouts import Work, explain
-from ledger.port import NATIVE, Account, Role, Run, Status
+from ledger.port import NATIVE, Account, Ledger, Role, Run, Status
+from ledger.rules import escrow
 from runtime import controller, executors
 from runtime.program.training import TrainingProgram
 from runtime.segments import History
@@ -26,7 +27,7 @@ from storage.store import Store
 from trueweight import reports, wiring
 from trueweight.chains import EMBEDDED, ROLES, Connection, connect, deployment, ledger_folder
 from trueweight.console import console_for, print_json, say, teller
-from trueweight.settlement import Parties, Settlement, default_terms, escrow
+from trueweight.settlement import Parties, Settlement, default_terms
 from verification.replay import Replay
 
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name; `trueweight runs` lists them.")]
@@ -50,8 +51,8 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.add_typer(ledger_app, name="ledger")
     app.add_typer(payout_app, name="payout")
-    for name, command in (("stake", stake), ("commit", commit), ("claim", claim), ("settle", settle)):
-        app.command(name)(command)
+    for command in (stake, unstake, commit, claim, settle):
+        app.command(command.__name__)(command)
 
 
 # ------------------------------------------------------------------------------------------------------------ ledger
@@ -240,19 +241,44 @@ def stake(
     \b
     trueweight stake quickstart --role verifier
     """
-    console = console_for(as_json)
-    if role not in ("worker", "verifier"):
-        raise UsageError(f"--role {role}: expected worker or verifier; correct it")
+    console, kind = console_for(as_json), _role(role, (Role.WORKER, Role.VERIFIER))
     with _settlement(
         name, store, where, keys, contract, confirmations=confirmations, dry_run=dry_run, tell=teller(console)
     ) as made:
-        kind, terms = Role[role.upper()], made.terms
-        account = next(iter(made.parties.workers if kind == Role.WORKER else made.parties.verifiers), None)
-        if account is None:
-            raise UsageError(f"--role {role}: expected its key in --keys, got none; `trueweight ledger key {role}`")
+        terms, account = made.terms, _player(made, kind)
         made.join(kind, account, terms.worker_bond if kind == Role.WORKER else terms.verifier_bond)
         bond = made.ledger.read("bond_of", terms.id, kind, account)
     return _tell(console, {"role": role, "account": account, "bond": bond.amount}, as_json)
+
+
+def unstake(
+    name: RunName,
+    role: Annotated[str, typer.Option(help="operator, worker or verifier.")] = "worker",
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the bond can be had.")] = False,
+    where: Where = EMBEDDED,
+    store: StoreFolder = ".trueweight",
+    contract: Contract = "",
+    keys: Keys = wiring.KEYS,
+    confirmations: Confirmations = 1,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> int:
+    """Leave a run, and have the bond back.
+
+    A bond can be had only after the time in which it may be slashed. The first call begins that time, one after it
+    puts the bond into the account's balance; `trueweight ledger withdraw` takes it out.
+
+    \b
+    trueweight unstake quickstart --role verifier
+    trueweight unstake quickstart --role verifier --wait
+    """
+    console, kind = console_for(as_json), _role(role, Role)
+    with _settlement(
+        name, store, where, keys, contract, confirmations=confirmations, dry_run=dry_run, tell=teller(console)
+    ) as made:
+        account = _player(made, kind)
+        back, free = made.leave(kind, account, wait=wait)
+    return _tell(console, {"role": role, "account": account, "returned": back, "free_at": free}, as_json)
 
 
 def commit(
@@ -291,14 +317,16 @@ def claim(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> int:
-    """Claim what final segments pay. Anybody may; the amount goes to the key's account."""
+    """Claim what final segments pay, and what is due for rejected ones.
+
+    Anybody may; the amount goes to the key's account.
+    """
     console = console_for(as_json)
     with _settlement(
         name, store, where, keys, contract, confirmations=confirmations, dry_run=dry_run, tell=teller(console)
     ) as made:
         sender = next(iter(made.parties.secrets))
-        final = made.committed()[: made.state.finalised]
-        done = sum(made.claim(one, sender, worker.lower() or None) for one in final)
+        done = sum(made.claim(one, sender, worker.lower() or None) for one in made.ever())
         rows = made.earnings()
     return _earned(console, {"run": name, "claims": done, "earnings": rows}, as_json)
 
@@ -489,12 +517,7 @@ def settlement(
 ) -> Settlement:
     """A run's settlement over a connection: under the terms that are on the ledger, else the defaults."""
     make, ledger = executors.named(executor), chain.deployed()
-    opened = [
-        event.args["run"]
-        for event in ledger.events()
-        if event.name == "Opened" and event.args["run"].record == history.run_digest
-    ]
-    found = opened[-1] if opened and terms is None else _terms(objects, history, chain, terms)
+    found = _opened(ledger, history, chain, terms) or _terms(objects, history, chain, terms)
     has = chain.accounts
 
     @cache
@@ -511,6 +534,23 @@ def settlement(
         secrets=chain.secrets,
     )
     return Settlement(ledger=ledger, history=history, terms=found, parties=parties, replay=replay, tell=tell)
+
+
+def _opened(ledger: Ledger, history: History, chain: Connection, path: Path | None) -> Run | None:
+    """The terms under which the run is on the ledger: those of the parties here, for anybody may open any run.
+
+    None where it is not there, or --terms say under which terms it is to be.
+    """
+    opened: list[Run] = [event.args["run"] for event in ledger.events() if event.name == "Opened"]
+    known = [run for run in opened if run.record == history.run_digest]
+    here = set(chain.accounts.values())
+    ours = [run for run in known if here & {run.submitter, run.operator, run.court}] or known
+    if path is not None or not ours:
+        return None
+    if len(ours) > 1:
+        names = ", ".join(run.id.hex()[:16] for run in ours)
+        raise UsageError(f"run {history.name}: it is on the ledger as {names}; say which by its --terms FILE")
+    return ours[0]
 
 
 def _terms(objects: Store, history: History, chain: Connection, path: Path | None) -> Run:
@@ -530,6 +570,24 @@ def _terms(objects: Store, history: History, chain: Connection, path: Path | Non
         raise UsageError(f"terms: expected {', '.join(missing)}; name their addresses in --terms FILE")
     feed = wiring.stored_job(objects, history).feed
     return default_terms(history, feed.segments, len(feed.segment(0)), **chosen)
+
+
+def _role(name: str, possible: Iterable[Role]) -> Role:
+    found = {role.name.lower(): role for role in possible}
+    if name not in found:
+        raise UsageError(f"--role {name}: expected {', '.join(found)}; correct it")
+    return found[name]
+
+
+def _player(made: Settlement, role: Role) -> Account:
+    """The account here that plays a role in a run; UsageError where its key is elsewhere."""
+    parties = made.parties
+    accounts = {Role.OPERATOR: (parties.operator,), Role.WORKER: parties.workers, Role.VERIFIER: parties.verifiers}
+    for account in accounts[role]:
+        if parties.has(account):
+            return account
+    name = role.name.lower()
+    raise UsageError(f"--role {name}: expected its key in --keys, got none; `trueweight ledger key {name}`")
 
 
 def _account(chain: Connection, role: str) -> Account:

@@ -1,6 +1,7 @@
 """`trueweight pinpoint`, `trueweight evidence` and `run --inject`: where a run left its recipe, and who signed it."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ from runtime import executors
 from runtime.segments import History
 from runtime.worker import worker_builder
 from storage.codec import encode
-from storage.errors import FailureError, UsageError
+from storage.errors import UsageError
 from storage.files import file_failure, write_whole
 from trueweight import reports, wiring
 from trueweight.console import console_for, print_json, say, teller
@@ -63,15 +64,14 @@ def pinpoint_command(
     total = len(history.segments())
     if segment is not None and not 0 <= segment < total:
         raise UsageError(f"--segment {segment}: expected a segment below {total}; see `trueweight show {name}`")
+
+    @cache
+    def machine() -> Replay:
+        return Replay(objects, history.run, threads=threads, build=worker_builder(make))
+
     found = None
     for index in range(total) if segment is None else [segment]:
-        report = audit(
-            objects,
-            name,
-            lambda *_, index=index: [index],
-            replay=lambda history: Replay(objects, history.run, threads=threads, build=worker_builder(make)),
-            observe=tell,
-        )
+        report = audit(objects, name, lambda *_, index=index: [index], replay=lambda _: machine(), observe=tell)
         found = report.verdict
         if not isinstance(found, Match):
             break
@@ -95,9 +95,10 @@ def pinpoint_command(
     told = finding_report(finding)
     if evidence is not None:
         if narrowing is None or "receipt" not in narrowing.answers:
-            raise FailureError(f"{evidence}: not written: {finding.reason}, so no worker's signature is under it")
-        write_whole(evidence, encode(make_evidence(finding, narrowing, traces.state if traces else None)))
-        told["evidence"] = str(evidence)
+            tell(f"{evidence}: not written: {finding.reason}, so no worker's signature is under it")
+        else:
+            write_whole(evidence, encode(make_evidence(finding, narrowing, traces.state if traces else None)))
+            told["evidence"] = str(evidence)
     if as_json:
         print_json(told)
     else:

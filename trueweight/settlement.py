@@ -14,7 +14,8 @@ from hashlib import sha256
 from typing import Any
 
 from ledger.payouts import Payouts, Work, payouts
-from ledger.port import Account, Commitment, Event, Ledger, Outcome, Role, Run, Segment, Status
+from ledger.port import NATIVE, Account, Commitment, Event, Ledger, Outcome, Role, Run, Segment, Status
+from ledger.rules import DELAY, NOBODY, escrow, is_opened
 from ledger.secrets import Chain, committed_form, forced, record_seal, shadow, verdict_seal
 from runtime.program.training import TrainingProgram
 from runtime.segments import History
@@ -27,8 +28,6 @@ from verification.verdicts import witness
 
 BATCH = 8
 """Segments committed in one transaction."""
-DELAY = 4
-"""Blocks between what a beacon is about and the beacon's block."""
 
 MakeReplay = Callable[[bool], Replay]
 """A replay of the run, traced or not."""
@@ -86,14 +85,18 @@ class Settlement:
         """The ledger's RunState."""
         return self.ledger.read("run_of", self.terms.id)
 
+    def ever(self) -> list[Committed]:
+        """All segments that were ever committed, rejected and dropped ones too, in that order."""
+        return [
+            Committed(segment=event.args["data"], record=decode(SegmentRecord, event.args["record"]))
+            for event in self._events()
+            if event.name == "Committed" and event.args["id"] == self.terms.id
+        ]
+
     def committed(self) -> list[Committed]:
         """The segments of the run that are pending or final, in order."""
-        found: dict[int, Committed] = {}
-        for event in self._events():
-            if event.name == "Committed" and event.args["id"] == self.terms.id:
-                record = decode(SegmentRecord, event.args["record"])
-                found[record.index] = Committed(segment=event.args["data"], record=record)
-        return [found[index] for index in sorted(found) if index < self.state.committed]
+        found, stop = {one.record.index: one for one in self.ever()}, self.state.committed
+        return [found[index] for index in sorted(found) if index < stop]
 
     def payouts(self, record: SegmentRecord) -> Payouts:
         """What the receipts of a segment earn."""
@@ -113,8 +116,13 @@ class Settlement:
         self.ledger.send(sender, function, self.terms, *args, value=value)
 
     def _short(self, account: Account, need: int) -> int:
-        """What has to be sent along so that the account's balance covers `need`; tokens are deposited beforehand."""
+        """What has to be sent along so that the account's balance covers `need`."""
         have = int(self.ledger.read("balance_of", self.terms.token, account))
+        if need > have and self.terms.token != NATIVE:
+            raise UsageError(
+                f"account {account}: expected {need} of token {self.terms.token} on the ledger, got {have}; approve "
+                f"the ledger and deposit the rest with a wallet"
+            )
         return max(need - have, 0)
 
     # --------------------------------------------------------------------------------------------------------- opening
@@ -132,7 +140,7 @@ class Settlement:
             chain = self._chain.end
             self._do(terms.operator, "accept", chain, value=self._short(terms.operator, terms.operator_bond))
             self.tell(f"accepted by the operator, bond {terms.operator_bond}")
-        if self.state.status == Status.ACTIVE and not self.state.begun:
+        while self.state.status == Status.ACTIVE and not self.state.begun:
             self._await_block(self.state.beacon_block)
             self._do(self._anybody(), "begin")
         for role, accounts, bond in (
@@ -141,6 +149,23 @@ class Settlement:
         ):
             for account in accounts:
                 self.join(role, account, bond)
+
+    def leave(self, role: Role, account: Account, *, wait: bool) -> tuple[int, int]:
+        """(what came back of an account's bond, when it can be had); the clock of that is begun where it was not."""
+        bond = self.ledger.read("bond_of", self.terms.id, role, account)
+        if not bond.exists:
+            raise UsageError(
+                f"{role.name.lower()} {account}: expected a bond in this run, got none; `trueweight stake` puts one up"
+            )
+        if not bond.release_at:
+            self._do(account, "resign", role)
+            bond = self.ledger.read("bond_of", self.terms.id, role, account)
+        if wait:
+            self.ledger.wait(bond.release_at)
+        if self.ledger.now()[1] < bond.release_at:
+            return 0, bond.release_at
+        self._do(account, "release", role, account)
+        return bond.amount, bond.release_at
 
     def join(self, role: Role, account: Account, bond: int) -> None:
         """Put an account's bond up, unless it has been."""
@@ -166,15 +191,30 @@ class Settlement:
     # ------------------------------------------------------------------------------------------------------ committing
 
     def commit(self) -> int:
-        """Commit what the store has and the ledger has not; how many segments that were."""
-        records = self.history.segments()[: self.terms.segments]
+        """Commit what the store has and the ledger has not; how many segments that were.
+
+        A segment that the court rejected is not committed again as it was.
+        """
+        records, operator = self.history.segments()[: self.terms.segments], self.terms.operator
         done = 0
-        while (first := self.state.committed) < len(records):
+        while self.state.status == Status.ACTIVE and (first := self.state.committed) < len(records):
+            if self._condemned(records[first]):
+                self.tell(f"segment {first} was rejected by the court as the store has it; train the run anew")
+                break
+            bond = self.ledger.read("bond_of", self.terms.id, Role.OPERATOR, operator).amount
+            if bond < self.terms.operator_bond:
+                missing = self.terms.operator_bond - bond
+                self._do(operator, "join", Role.OPERATOR, 0, value=self._short(operator, missing))
+                self.tell(f"the operator's bond made whole again: {missing} more")
             batch = [self._commitment(record) for record in records[first : first + BATCH]]
-            self._do(self.terms.operator, "commit", batch)
+            self._do(operator, "commit", batch)
             done += len(batch)
             self.tell(f"segments {first} to {first + len(batch) - 1} committed")
         return done
+
+    def _condemned(self, record: SegmentRecord) -> bool:
+        digest = sha256(committed_form(record)).digest()
+        return any(one.segment.record == digest and self._segment(one).by_court for one in self.ever())
 
     def _commitment(self, record: SegmentRecord) -> Commitment:
         state, found = self.state, self.payouts(record)
@@ -195,7 +235,8 @@ class Settlement:
 
     def _secret(self, index: int, state: Any) -> bytes:
         """The secret with which a segment will be opened: one for every segment opened before it."""
-        opened = sum(event.name == "Unsealed" and event.args["segment"] in self._names() for event in self._events())
+        names = {one.segment.name for one in self.ever()}
+        opened = sum(event.name == "Unsealed" and event.args["segment"] in names for event in self._events())
         return self._chain.secret(opened + index - state.opened + 1)
 
     def _events(self) -> Sequence[Event]:
@@ -204,10 +245,6 @@ class Settlement:
         self._seen = [event for event in self._seen if event.block < last]
         self._seen += self.ledger.events(last)
         return self._seen
-
-    def _names(self) -> set[bytes]:
-        """Of every segment of the run that was ever committed."""
-        return {e.args["segment"] for e in self._events() if e.name == "Committed" and e.args["id"] == self.terms.id}
 
     def _forced(self, index: int, state: Any) -> bool:
         return forced(self._secret(index, state), state.beacon, index, state.attempt, self.terms.forced_rate)
@@ -231,12 +268,15 @@ class Settlement:
             if self._verdict(one, account).revealed:
                 continue
             self.ledger.wait(start + self.terms.window // 2)
+            if self.ledger.now()[1] >= start + self.terms.window:
+                self.tell(f"segment {one.record.index}: too late for {account} to reveal; its bond pays for it")
+                continue
             self._do(account, "reveal", one.segment, ok, seen, salt)
             self.tell(f"segment {one.record.index}: {account} reveals {'match' if ok else 'diverged'}")
 
     def _draw(self, one: Committed) -> None:
         while not self._segment(one).drawn_at:
-            self._await_block(max(one.segment.block_number + DELAY, self._segment(one).rearmed))
+            self._await_block((self._segment(one).rearmed or one.segment.block_number) + DELAY)
             self._do(self._anybody(), "draw", one.segment)
 
     def _seal(self, one: Committed) -> list[tuple[Account, bool, bytes, bytes]]:
@@ -245,7 +285,8 @@ class Settlement:
         now, start = self.ledger.now()[1], self._start(one)
         if not mine or now >= start + self.terms.window:
             return []
-        audited = audit_segment(self.history, self.replay(False), self._records(), one.record.index, lambda _: None)
+        records = [known.record for known in self.committed()]
+        audited = audit_segment(self.history, self.replay(False), records, one.record.index, lambda _: None)
         if isinstance(audited.verdict, Inconclusive):
             self.tell(f"segment {one.record.index}: inconclusive, so no verdict: {audited.verdict.reason}")
             return []
@@ -260,9 +301,6 @@ class Settlement:
             if any(self._verdict(one, account).mark):
                 found.append((account, ok, seen, salt))
         return found
-
-    def _records(self) -> list[SegmentRecord]:
-        return [one.record for one in self.committed()]
 
     def _witness(self, one: Committed) -> bytes:
         if one.segment.name not in self._witnesses:
@@ -287,29 +325,43 @@ class Settlement:
 
     # ------------------------------------------------------------------------------------------------------- finishing
 
-    @property
-    def opens(self) -> bool:
-        """Whether segments have to be opened."""
-        return bool(self.terms.verifiers or self.terms.forced_rate)
-
     def finalise(self) -> None:
-        """Open and finalise what can be; wait for the windows, but not for the court."""
-        for one in self.committed():
-            if self._outcome(one) != Outcome.PENDING:
-                continue
-            index = one.record.index
-            self.ledger.wait(self._start(one) + self.terms.window)
-            if self.opens and not self._segment(one).opened_at:
-                if not self.parties.has(self.terms.operator):
-                    self.tell(f"segment {index}: its operator has to open it")
-                    return
-                self._unseal(one)
-            state = self._segment(one)
-            if state.flags and not state.forced and not state.dismissed:
+        """Open all that is pending, then finalise what can be; waits for the windows, but not for the court.
+
+        All are opened first: a segment that waits for its court does not stop the operator's clock for those after it.
+        """
+        pending = [one for one in self.committed() if self._outcome(one) == Outcome.PENDING]
+        for one in pending:
+            self.ledger.wait(self._closed(one))
+            if is_opened(self.terms) and not self._segment(one).opened_at and not self._opening(one):
+                return
+        for one in pending:
+            index, state = one.record.index, self._segment(one)
+            judged = (state.opened_at or self._closed(one)) + self.terms.dispute
+            if state.flags and not state.forced and not state.dismissed and self.ledger.now()[1] < judged:
                 self.tell(f"segment {index}: flagged by {state.flags}; the court {self.terms.court} has to decide")
                 return
             self._do(self._anybody(), "finalise", one.segment)
             self.tell(f"segment {index} is final")
+
+    def _closed(self, one: Committed) -> int:
+        """When the time for verdicts is over, and the operator's begins."""
+        return self._start(one) + self.terms.window
+
+    def _opening(self, one: Committed) -> bool:
+        """Open a segment; False where that cannot be done. One whose operator let its time go by is lost."""
+        index, mine = one.record.index, self.parties.has(self.terms.operator)
+        late = self.ledger.now()[1] >= self._closed(one) + self.terms.answer
+        if late and mine:
+            self.tell(f"segment {index}: the time to open it is over; anybody else's `trueweight settle` rejects it")
+        elif late:
+            self._do(self._anybody(), "forfeit", one.segment)
+            self.tell(f"segment {index} is rejected: its operator did not open it in time")
+        elif mine:
+            self._unseal(one)
+        else:
+            self.tell(f"segment {index}: its operator has to open it")
+        return mine and not late
 
     def _unseal(self, one: Committed) -> None:
         index, attempt = one.record.index, one.segment.attempt
@@ -320,24 +372,40 @@ class Settlement:
         self.tell(f"segment {index} opened by the operator{was}")
 
     def pay(self) -> None:
-        """Settle the verdicts and claim the work of final segments; the claims go to their keys' accounts."""
+        """Settle all verdicts, claim the work of final segments, and what the workers of rejected ones are due."""
         who = self._anybody()
-        for one in self.committed():
-            if self._outcome(one) != Outcome.FINAL:
+        for one in self.ever():
+            if self._outcome(one) == Outcome.PENDING:
                 continue
-            for account in self._assigned(one):
+            for account in self._judges(one):
                 if not self._verdict(one, account).settled:
                     self._do(who, "settle", one.segment, account)
             self.claim(one, who)
 
+    def _judges(self, one: Committed) -> list[Account]:
+        """Who was assigned, and who sealed a verdict."""
+        name = one.segment.name
+        sealed = [e.args["account"] for e in self._events() if e.name == "Sealed" and e.args["segment"] == name]
+        return list(dict.fromkeys([*self._assigned(one), *sealed]))
+
     def claim(self, one: Committed, sender: Account, key: Account | None = None) -> int:
-        """Claim for every key, or one; how many claims that were."""
-        tree, done = self.payouts(one.record).tree, 0
+        """Claim for every key, or one, what a final segment pays or a rejected one owes; how many claims that were."""
+        final, done = self._outcome(one) == Outcome.FINAL, 0
+        if not final and not self._segment(one).harm:
+            return 0
+        tree = self.payouts(one.record).tree
         for leaf, (name, _) in enumerate(tree.amounts):
-            if key in (None, name) and not self.ledger.read("claimed", one.segment.name, leaf):
-                self._do(sender, "claim", one.segment, *tree.prove(leaf).arguments())
+            if key not in (None, name) or self.ledger.read("claimed", one.segment.name, leaf):
+                continue
+            if final or not self._guilty(one, name):
+                self._do(sender, "claim" if final else "compensate", one.segment, *tree.prove(leaf).arguments())
                 done += 1
         return done
+
+    def _guilty(self, one: Committed, key: Account) -> bool:
+        culprit = self._segment(one).culprit
+        accounts = {self.ledger.read("account_of", each) for each in (key, culprit)}
+        return culprit != NOBODY and len(accounts) == 1
 
     def close(self) -> None:
         """The rest of the escrow back to the submitter, once every segment is final."""
@@ -352,12 +420,16 @@ class Settlement:
 
     def earnings(self) -> list[dict[str, Any]]:
         """Who got what and why, from the ledger's events: rows of account, part, why, amount."""
-        names = {one.segment.name: one.record.index for one in self.committed()}
+        names = {one.segment.name for one in self.ever()}
         rows: dict[tuple[Account, str, str], list[int]] = defaultdict(list)
         for event in self._events():
             args = event.args
             if event.name == "Claimed" and args["segment"] in names:
                 rows[args["account"], "worker", "units of work"].append(args["amount"])
+            elif event.name == "Compensated" and args["segment"] in names:
+                rows[args["account"], "worker", "work in rejected segments"].append(args["amount"])
+            elif event.name == "Rejected" and args["segment"] in names and args["slashed"]:
+                rows[self.terms.operator, "operator", "bonds slashed"].append(-args["slashed"])
             elif event.name == "Finalised" and args["id"] == self.terms.id and self.terms.operator_fee:
                 rows[self.terms.operator, "operator", "fees for final segments"].append(self.terms.operator_fee)
             elif event.name == "Settled" and args["segment"] in names and args["amount"]:
@@ -369,12 +441,6 @@ class Settlement:
             {"account": account, "part": part, "why": why, "times": len(amounts), "amount": sum(amounts)}
             for (account, part, why), amounts in sorted(rows.items(), key=lambda item: (item[0][1], item[0][0]))
         ]
-
-
-def escrow(terms: Run) -> int:
-    """What the submitter puts up, less the pot."""
-    each = terms.work * terms.price + terms.operator_fee + terms.verifiers * terms.verifier_fee
-    return terms.segments * each
 
 
 def default_terms(history: History, segments: int, steps: int, **chosen: Any) -> Run:

@@ -232,7 +232,7 @@ def audit_on(
     remote = ray.remote(actor).options(
         num_cpus=share if replicas == 1 else 0, scheduling_strategy="SPREAD", max_restarts=0
     )
-    crew = _Crew(start=remote.remote, config=encode(config), timeout=timeout, observe=observe, todo=deque(indexes))
+    crew = _Crew(start=remote.remote, config=encode(config), timeout=timeout, observe=observe, waiting=deque(indexes))
     try:
         yield from crew.run(verifiers)
     finally:
@@ -254,13 +254,13 @@ class _Verifier:
 
 @dataclass(kw_only=True)
 class _Crew:
-    """Verifiers at work. `todo` are the segments that nobody has, `blamed` why each came back without a result."""
+    """Verifiers at work. `waiting` are the segments that nobody has, `blamed` why each came back without a result."""
 
     start: Callable[[], Any]
     config: bytes
     timeout: float
     observe: Callable[[str], None]
-    todo: deque[int]
+    waiting: deque[int]
     asked: dict[Any, _Verifier] = field(default_factory=dict)
     tries: dict[int, int] = field(default_factory=dict)
     blamed: dict[int, list[str]] = field(default_factory=dict)
@@ -271,7 +271,7 @@ class _Crew:
         """Every segment's audit, in the order in which they end."""
         for _ in range(verifiers):
             self._begin()
-        while self.todo or any(verifier.index is not None for verifier in self.asked.values()):
+        while self.waiting or any(verifier.index is not None for verifier in self.asked.values()):
             if not self.asked:
                 break
             opening = any(verifier.index is None for verifier in self.asked.values())
@@ -280,7 +280,7 @@ class _Crew:
                 self._give_up_on_late_ones()
             for reference in ready:
                 yield from self._answered(reference)
-        for index in self.todo:
+        for index in self.waiting:
             yield self._lost(index, self.blamed.get(index, []) + self.unfit)
 
     def stop(self) -> None:
@@ -321,10 +321,10 @@ class _Crew:
         return None
 
     def _next(self, verifier: _Verifier) -> None:
-        if not self.todo:
+        if not self.waiting:
             ray.kill(verifier.actor)
             return
-        verifier.index = self.todo.popleft()
+        verifier.index = self.waiting.popleft()
         self.tries[verifier.index] = self.tries.get(verifier.index, 0) + 1
         self.observe(f"segment {verifier.index}: given to {verifier}")
         self.asked[verifier.actor.audit.remote(verifier.index)] = verifier
@@ -339,10 +339,10 @@ class _Crew:
         blamed = self.blamed.setdefault(verifier.index, [])
         blamed.append(told)
         if self.tries[verifier.index] < TRIES:
-            self.todo.append(verifier.index)
+            self.waiting.append(verifier.index)
         else:
             yield self._lost(verifier.index, blamed)
-        if self.todo:
+        if self.waiting:
             self._begin()
 
     def _give_up_on_late_ones(self) -> None:
