@@ -55,7 +55,7 @@ def exact(fault: Fault, finding: Finding, plan: Plan, program: TrainingProgram) 
     call = next((level.at for level in finding.path if level.level == "call"), "")
     start = f"step {fault.step}/micro-batch {fault.micro_batch}/"
     first = plan.stages[plan.place(fault.worker)[0]][0]
-    mine = min(m for m, replica in enumerate(plan.units) if replica == plan.place(fault.worker)[1])
+    mine = min(plan.taken(fault.worker))
     names = program.kind_of(first).forward.inputs
     places = {
         "batch": call == f"{start}block 0/forward, input x",

@@ -1,7 +1,8 @@
 """The controller: a plain state machine that takes a run from wherever it stands to its end.
 
     ASSEMBLE -> START (new run) or RESTORE (old one) -> STEP ... -> SAVE (segment full) -> STEP ... -> FINISHED
-                                                         STEP -> PAUSE (asked to stop) -> STOPPED
+       ^                                                 STEP -> PAUSE (asked to stop) -> STOPPED
+       '---- every replica of a stage lost: back to the last checkpoint
 
 Training waits only until a full segment's state is copied; it is stored behind the next steps, and the segment is
 committed before the first step that finds it stored. One save is under way at a time.
@@ -11,24 +12,32 @@ progress passes an observer. Nothing is visible in the store before the Head mov
 last checkpoint as it was.
 """
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any, TypeVar
 
 from runtime.feed import Feed
-from runtime.groups import WorkerGroup
+from runtime.groups import Membership, WorkerConfig, WorkerGroup, WorkersLost
 from runtime.plan import Plan
 from runtime.program.training import TrainingProgram
+from runtime.roster import REASON, Roster, StageLost
 from runtime.segments import FAILED, FINISHED, INTERRUPTED, RUNNING, History, Position
-from runtime.transition import Crew, StateParts, assemble, initialise, restore, train_step
+from runtime.transition import Crew, StateParts, assemble, going_on, initialise, restore, train_step
 from runtime.version import VERSION
 from storage.checkpoints import load_state
+from storage.codec import encode
 from storage.errors import FailureError, TrueweightError
 from storage.records import RunRecord, SegmentRecord, StepRecord
 from storage.saves import Saver
 from storage.store import Store
+
+T = TypeVar("T")
+MOST_FALLS = 5
+"""How often in a row a run goes back to its last checkpoint before it gives up."""
 
 
 class Phase(Enum):
@@ -103,6 +112,15 @@ class Committed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Changed:
+    """Event: a worker was lost, joined or left before or in `step`; `workers` are those there are now."""
+
+    step: int
+    what: str
+    workers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ended:
     """Event and result: the run is `finished` or `interrupted` before `step`, or has `failed` and says why."""
 
@@ -112,18 +130,32 @@ class Ended:
     reason: str = ""
 
 
-Event = Assembled | Ready | Stepped | Committed | Ended
+Event = Assembled | Ready | Stepped | Committed | Changed | Ended
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elastic:
+    """A run whose workers may change: what the machines say, and whether to take more workers than it began with."""
+
+    membership: Membership
+    grow: bool = False
+    fixed: bool = False
+    """Whether replicas take the plan's shares instead of what they have time for."""
+    patience: float = 300.0
+    """Seconds that a run without enough workers waits for them."""
 
 
 class Controller:
     """Runs one job over one group. `history` is the run to go on with, None for a new one.
 
-    `stop` is asked after every step; `observe` is told every event. Neither can change a bit.
+    `stop` is asked after every step; `observe` is told every event. Neither can change a bit. Without `elastic` the
+    workers are those of the plan, and the first that is lost ends the run.
     """
 
     _crew: Crew  # from ASSEMBLE on
     _history: History  # from START or RESTORE on
     _position: Position  # from STEP on
+    _roster: Roster | None = None
     _saving: tuple[Position, "Future[bytes]"] | None = None
     """The segment whose state is being stored."""
 
@@ -137,13 +169,14 @@ class Controller:
         history: History | None = None,
         keys: str = "",
         threads: int = 1,
+        elastic: Elastic | None = None,
         observe: Callable[[Event], None] = lambda _: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self._store = store
         self._job = job
         self._group = group
-        self._plan = plan
+        self._plan, self._most = plan, plan.replicas
         self._resumed = history is not None
         if history is not None:
             self._history = history
@@ -151,7 +184,10 @@ class Controller:
         self._threads = threads
         self._observe = observe
         self._stop = stop
-        self._events: tuple[str, ...] = ()
+        self._elastic = elastic
+        self._events: list[str] = []
+        self._falls = 0
+        """How often in a row the run went back to a checkpoint without a step done since."""
         self._saver = Saver(store)
 
     def run(self) -> Ended:
@@ -160,16 +196,45 @@ class Controller:
         with self._store.writing(f"run {self._job.name}"):
             try:
                 while phase not in (Phase.STOPPED, Phase.FINISHED):
-                    phase = self._advance(phase)
+                    phase = self._try(phase)
                 self._settle()
             except TrueweightError as error:
                 if phase in (Phase.STEP, Phase.SAVE, Phase.PAUSE, Phase.FINISHED):
                     self._fail(error)
                 raise
             finally:
+                if self._roster:
+                    self._roster.close()
                 self._group.stop()
                 self._saver.close()
             return self._end(self._history.head.status)
+
+    def _try(self, phase: Phase) -> Phase:
+        """The next phase; ASSEMBLE where a stage lost all its replicas and the run may wait for others."""
+        try:
+            return self._advance(phase)
+        except (WorkersLost, StageLost) as error:
+            if self._elastic is None or self._falls == MOST_FALLS:
+                raise
+            return self._fall_back(error, self._elastic)
+
+    def _fall_back(self, error: FailureError, elastic: Elastic) -> Phase:
+        """Back to the last checkpoint, with as many workers as there is room for."""
+        self._falls += 1
+        if self._roster:
+            self._roster.close()
+            self._roster = None
+        self._group.stop()
+        self._settle()
+        plan, began, stages = self._plan, time.monotonic(), len(self._plan.replicas)
+        while (room := elastic.membership.room() // stages) < 1:
+            if self._stop() or time.monotonic() - began > elastic.patience:
+                raise error
+            time.sleep(1.0)
+        self._plan = plan.resized([min(room, most) for most in self._most])
+        self._resumed = self._resumed or hasattr(self, "_history")
+        self._events.append(f"back to the last checkpoint: {str(error)[:REASON]}")
+        return Phase.ASSEMBLE
 
     def _advance(self, phase: Phase) -> Phase:
         """Do what the phase says; the next phase."""
@@ -191,16 +256,34 @@ class Controller:
     # ------------------------------------------------------------------------------------------------------ phases
 
     def _assemble(self) -> Phase:
+        elastic, programs = self._elastic, self._store.get(self._job.programs)
+        seed, keys, threads = self._job.feed.recipe.seed, self._keys, self._threads
         self._crew = assemble(
             self._group,
             plan=self._plan,
             program=self._job.program,
-            programs=self._store.get(self._job.programs),
-            seed=self._job.feed.recipe.seed,
-            keys=self._keys,
-            threads=self._threads,
+            programs=programs,
+            seed=seed,
+            keys=keys,
+            threads=threads,
+            fixed=elastic is None or elastic.fixed,
         )
-        self._events = (f"assembled {self._plan.shape}: {' '.join(self._plan.workers)}",)
+
+        def configure(worker: str, plan: Plan) -> bytes:
+            return encode(
+                WorkerConfig(worker=worker, plan=plan, programs=programs, seed=seed, keys=keys, threads=threads)
+            )
+
+        if elastic:
+            self._roster = Roster(
+                self._crew,
+                configure=configure,
+                membership=elastic.membership,
+                grow=elastic.grow,
+                wanted=self._most,
+                note=self._changed,
+            )
+        self._events.append(f"assembled {self._plan.shape}: {' '.join(self._plan.workers)}")
         self._observe(Assembled(workers=self._plan.workers))
         return Phase.RESTORE if self._resumed else Phase.START
 
@@ -234,6 +317,8 @@ class Controller:
         if self._saving and self._saving[1].done():
             self._settle()
         feed, position = self._job.feed, self._position
+        if self._roster:
+            self._surviving(self._roster.turn)
         record, receipts = train_step(
             self._crew,
             run=self._history.run_digest,
@@ -241,8 +326,10 @@ class Controller:
             batch=feed.batch(position.next_step),
             validation=feed.validation(position.next_step),
             events=self._events,
+            lost=self._roster.lost if self._roster else None,
         )
-        self._events = ()
+        self._events.clear()
+        self._falls = 0
         self._position = position.after(record, receipts)
         self._observe(Stepped(record=record))
         return self._next()
@@ -277,8 +364,21 @@ class Controller:
 
     def _store_state(self, root: bytes) -> "Future[bytes]":
         """The crew's state copied, and on its way into the store, where it must have the root that the records say."""
+        return self._saver.save(self._surviving(self._copied), root)
+
+    def _copied(self) -> Any:
         state = StateParts(self._crew)
-        return self._saver.save(self._saver.copy(state, state.shapes), root)
+        return self._saver.copy(state, state.shapes)
+
+    def _surviving(self, act: Callable[[], T]) -> T:
+        """What `act` returns, done again while workers are lost and the others can go on."""
+        return going_on(self._crew, act, self._roster.lost if self._roster else None)
+
+    def _changed(self, what: str) -> None:
+        """Note what happened to the workers, for the record of the step and whoever watches."""
+        self._events.append(what)
+        step = self._position.next_step if hasattr(self, "_position") else 0
+        self._observe(Changed(step=step, what=what, workers=self._crew.workers))
 
     def _settle(self) -> None:
         """Commit the segment whose state is being stored, once it is."""

@@ -97,10 +97,10 @@ def check_fault(fault: Fault, program: TrainingProgram, plan: Plan, steps: int) 
         raise UsageError(f"--inject {fault}: expected one of {', '.join(plan.workers)}; correct worker")
     if fault.kind in ("reuse", "stale") and not fault.step:
         raise UsageError(f"--inject {fault}: expected a step after the first; correct step")
-    if fault.kind == "copy" and plan.replicas < 2:
+    if fault.kind == "copy" and plan.replicas[plan.place(fault.worker)[0]] < 2:
         raise UsageError(f"--inject {fault}: expected another replica to copy from; use --replicas 2")
     if fault.kind in ("batch", "skip"):
-        mine = [m for m, replica in enumerate(plan.units) if replica == plan.place(fault.worker)[1]]
+        mine = plan.taken(fault.worker)
         if fault.micro_batch not in mine:
             raise UsageError(f"--inject {fault}: expected one of {fault.worker}'s micro-batches {mine}; correct it")
         if fault.kind == "batch" and plan.place(fault.worker)[0]:
@@ -117,8 +117,8 @@ def check_fault(fault: Fault, program: TrainingProgram, plan: Plan, steps: int) 
 
 def places_of(program: TrainingProgram, plan: Plan, worker: str) -> dict[str, Program]:
     """Every place of a step at which a worker runs a Program, in order, with that Program."""
-    stage, replica = plan.place(worker)
-    mine = [m for m, owner in enumerate(plan.units) if owner == replica]
+    stage, _ = plan.place(worker)
+    mine = plan.taken(worker)
     blocks = plan.stages[stage]
     places: dict[str, Program] = {}
     for m in mine:
@@ -142,10 +142,10 @@ def random_fault(
 ) -> Fault:
     """A fault of a random kind, step in first .. stop - 1, worker, place, operator, element and bit."""
     draw = random.Random(seed)  # noqa: S311 - an experiment that can be repeated
-    possible = [kind for kind in kinds if kind != "copy" or plan.replicas > 1]
+    possible = [kind for kind in kinds if kind != "copy" or min(plan.replicas) > 1]
     kind = draw.choice([kind for kind in possible if stop > 1 or kind not in ("reuse", "stale")])
     worker = draw.choice([w for w in plan.workers if kind != "batch" or not plan.place(w)[0]])
-    mine = [m for m, replica in enumerate(plan.units) if replica == plan.place(worker)[1]]
+    mine = plan.taken(worker)
     step = draw.randrange(max(first, kind in ("reuse", "stale")), stop)
     fault = Fault(kind=kind, step=step, worker=worker, micro_batch=draw.choice(mine))
     if kind not in VALUES:
@@ -231,7 +231,6 @@ class FaultyWorker(StageWorker):
 
     faults: Mapping[str, Fault] = {}
     peers: Mapping[str, "FaultyWorker"] = {}
-    _handed: dict[int, np.ndarray]
 
     def forward(self, step: int, micro_batch: int, x: np.ndarray) -> np.ndarray:
         """See StageWorker."""
@@ -256,22 +255,21 @@ class FaultyWorker(StageWorker):
             return dx
         return super().backward(step, micro_batch, dy)
 
-    def gradients(self) -> tuple[Bundle, ...]:
+    def gradients(self, step: int) -> tuple[Bundle, ...]:
         """See StageWorker."""
-        if self._due("stale", self._step):
+        self._begin(step)
+        if self._due("stale", step):
             for tensor, array in self._fresh.items():
                 self._weights[tensor][:] = array
             self._renew()
-        if self._due("reuse", self._step + 1):
+        if self._due("reuse", step + 1):
             self._used = {tensor: total.value.copy() for tensor, total in self._sums.items()}
-        if self._due("reuse", self._step):
+        if self._due("reuse", step):
             self._replace(self._used)
-        if self._due("copy", self._step):
+        if self._due("copy", step):
             other = next(one for one in self.peers.values() if one is not self and one._stage == self._stage)
-            self._replace({t: total.value for t, total in other._sums.items()} or other._handed)
-        if any("copy" in peer.faults for peer in self.peers.values()):
-            self._handed = {tensor: total.value.copy() for tensor, total in self._sums.items()}
-        return super().gradients()
+            self._replace({tensor: total.value for tensor, total in other._sums.items()})
+        return super().gradients(step)
 
     def receipt(self, run: bytes, step: int) -> bytes:
         """See StageWorker."""

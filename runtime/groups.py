@@ -28,11 +28,31 @@ class WorkerConfig:
     threads: U32
 
 
+class WorkersLost(FailureError):
+    """Some workers are gone, or to be taken for gone: what they held and had not handed over is lost with them."""
+
+    def __init__(self, lost: Mapping[str, str]) -> None:
+        self.lost = dict(lost)
+        told = "; ".join(f"{worker} was lost ({reason})" for worker, reason in self.lost.items())
+        super().__init__(f"worker {told}; check its host's memory and logs, then `trueweight resume` the run")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.lost,)
+
+
+class ValueLost(FailureError):
+    """A call could not be made: a value that it takes went with the host that kept it."""
+
+
 class WorkerGroup(Protocol):
-    """Workers by id. Calls to one worker run in the order in which they were made."""
+    """Workers by id. What is called of one worker runs one at a time.
+
+    Calls that do not wait for each other's results run in the order in which they were made. Any method raises
+    WorkersLost once it finds that workers are gone.
+    """
 
     def start(self, configs: Mapping[str, bytes]) -> None:
-        """Start one worker for each id with its encoded WorkerConfig; FailureError naming a worker that will not do."""
+        """Start one more worker for each id with its encoded WorkerConfig; FailureError naming one that will not do."""
 
     def call(self, worker: str, method: str, *args: Any, returns: int | None = None) -> Any:
         """A handle for the method's result or, with `returns`, a tuple of handles for its tuple of that length."""
@@ -43,8 +63,24 @@ class WorkerGroup(Protocol):
     def get(self, handles: Sequence[Handle]) -> list[Any]:
         """The values of handles in order; raises what the worker that made one raised."""
 
-    def stop(self) -> None:
-        """End every worker of the group; harmless when repeated."""
+    def wait(self, handles: Sequence[Handle], timeout: float) -> list[tuple[int, FailureError | None]]:
+        """(number, what its worker raised) of those of the handles that are finished; [] where none is in `timeout` s.
+
+        Their values stay where they are.
+        """
+
+    def stop(self, workers: Sequence[str] | None = None) -> None:
+        """End some workers of the group, all without; harmless when repeated."""
+
+
+class Membership(Protocol):
+    """What the machines have to say about a group while it works."""
+
+    def room(self) -> int:
+        """How many more workers could be started now."""
+
+    def leaving(self) -> Mapping[str, str]:
+        """The workers whose hosts are about to go, with the reason."""
 
 
 class LocalGroup:
@@ -56,7 +92,7 @@ class LocalGroup:
 
     def start(self, configs: Mapping[str, bytes]) -> None:
         """Build every worker."""
-        self._workers = {worker: self._build(config) for worker, config in configs.items()}
+        self._workers |= {worker: self._build(config) for worker, config in configs.items()}
 
     def call(self, worker: str, method: str, *args: Any, returns: int | None = None) -> Any:
         """The method's result."""
@@ -73,9 +109,15 @@ class LocalGroup:
         """The values themselves."""
         return list(handles)
 
-    def stop(self) -> None:
+    def wait(self, handles: Sequence[Handle], timeout: float) -> list[tuple[int, FailureError | None]]:
+        """All of them, without waiting: what they stand for has been done."""
+        del timeout
+        return [(number, None) for number in range(len(handles))]
+
+    def stop(self, workers: Sequence[str] | None = None) -> None:
         """Forget the workers."""
-        self._workers = {}
+        for worker in list(self._workers if workers is None else workers):
+            self._workers.pop(worker, None)
 
 
 def require_version(worker: str, host: str, found: str) -> None:

@@ -3,19 +3,26 @@
 A plan is placement and nothing else. No choice made here can change a bit of the result (docs/arithmetic.md).
 """
 
+import re
 from collections.abc import Sequence
 
 from storage.codec import U32, record
 from storage.errors import UsageError
 
+_WORKER = re.compile(r"s(0|[1-9][0-9]{0,6})r(0|[1-9][0-9]{0,6})")
 
-@record(kind=100)
+
+@record(kind=100, version=2)
 class Plan:
-    """`bounds[s] .. bounds[s + 1]` are the blocks of stage s; `units[m]` is the replica that takes micro-batch m."""
+    """`bounds[s] .. bounds[s + 1]` are the blocks of stage s, `replicas[s]` its replicas.
+
+    `units[s][m]` is the replica of stage s that takes micro-batch m. While a run trains it is where shares start from;
+    what a replica took in the end is in its receipts.
+    """
 
     bounds: tuple[U32, ...]
-    replicas: U32
-    units: tuple[U32, ...]
+    replicas: tuple[U32, ...]
+    units: tuple[tuple[U32, ...], ...]
 
     @property
     def stages(self) -> tuple[range, ...]:
@@ -23,23 +30,48 @@ class Plan:
         return tuple(range(first, stop) for first, stop in zip(self.bounds, self.bounds[1:], strict=False))
 
     @property
+    def micro_batches(self) -> range:
+        """The micro-batches of a step."""
+        return range(len(self.units[0]))
+
+    @property
     def workers(self) -> tuple[str, ...]:
         """Every worker's id, stage by stage."""
-        return tuple(self.worker(s, r) for s in range(len(self.stages)) for r in range(self.replicas))
+        return tuple(worker for stage in range(len(self.replicas)) for worker in self.team(stage))
 
     @property
     def shape(self) -> str:
-        """`2x3` for two stages of three replicas each: for people."""
-        return f"{len(self.stages)}x{self.replicas}"
+        """`2x3` for two stages of three replicas each, `3+1` for one of three and one of one: for people."""
+        if len(set(self.replicas)) == 1:
+            return f"{len(self.replicas)}x{self.replicas[0]}"
+        return "+".join(map(str, self.replicas))
+
+    def team(self, stage: int) -> tuple[str, ...]:
+        """The ids of a stage's replicas."""
+        return tuple(self.worker(stage, replica) for replica in range(self.replicas[stage]))
 
     def worker(self, stage: int, replica: int) -> str:
         """The id of one worker, `s{stage}r{replica}`."""
         return f"s{stage}r{replica}"
 
-    def place(self, worker: str) -> tuple[int, int]:
-        """The (stage, replica) of a worker's id; the inverse of `worker`."""
-        stage, replica = worker[1:].split("r")
-        return int(stage), int(replica)
+    @staticmethod
+    def place(worker: str) -> tuple[int, int]:
+        """The (stage, replica) of a worker's id; the inverse of `worker`. ValueError where it is none."""
+        match = _WORKER.fullmatch(worker)
+        if match is None:
+            raise ValueError(f"worker {worker!r}: expected an id such as s0r0")
+        return int(match[1]), int(match[2])
+
+    def taken(self, worker: str) -> list[int]:
+        """The micro-batches that `units` gives a worker."""
+        stage, replica = self.place(worker)
+        return [m for m, other in enumerate(self.units[stage]) if other == replica]
+
+    def resized(self, replicas: Sequence[int]) -> "Plan":
+        """The same stages with other numbers of replicas and even shares."""
+        micro_batches = len(self.micro_batches)
+        units = tuple(_spread(micro_batches, (1,) * count) for count in replicas)
+        return Plan(bounds=self.bounds, replicas=tuple(replicas), units=units)
 
 
 def make_plan(
@@ -63,8 +95,8 @@ def make_plan(
         )
     return Plan(
         bounds=tuple(blocks * stage // stages for stage in range(stages + 1)),
-        replicas=replicas,
-        units=_spread(micro_batches, shares),
+        replicas=(replicas,) * stages,
+        units=(_spread(micro_batches, shares),) * stages,
     )
 
 

@@ -1,12 +1,13 @@
 """Who holds and who owns which part of the state: a pure function of the plan and the tensors.
 
-A stage's replicas all hold the weights of its blocks. Each tensor is cut into chunks of `CHUNK` elements, and each
-chunk is owned by one worker: it adds the chunk's gradients, keeps its optimiser slots and updates it. A chunk is a
-power of two of Merkle leaves, so the owners' roots compose to the root of the whole tensor (`storage.merkle`).
+A stage's replicas all hold the weights of its blocks, and the optimiser slots of those tensors that no stage before
+holds: so the others can go on when one of them is gone. Each tensor is cut into chunks of `CHUNK` elements, and each
+chunk is owned by one worker: it adds the chunk's gradients, updates it, and sends the result to the others. A chunk is
+a power of two of Merkle leaves, so the owners' roots compose to the root of the whole tensor (`storage.merkle`).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -30,6 +31,10 @@ class Chunk(NamedTuple):
     def offset(self) -> int:
         """The first element of the chunk in its flattened tensor."""
         return self.part * CHUNK
+
+
+ChunkRoots = dict[tuple[str, Chunk], bytes]
+"""Merkle roots of chunks by key (`gradient`, `weight` or an optimiser slot) and chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +67,25 @@ class Layout:
         return self.held[self.plan.place(worker)[0]]
 
     @cached_property
+    def _homes(self) -> tuple[tuple[int, ...], ...]:
+        seen: set[int] = set()
+        homes = []
+        for tensors in self.held:
+            homes.append(tuple(tensor for tensor in tensors if tensor not in seen))
+            seen.update(tensors)
+        return tuple(homes)
+
+    def homed(self, worker: str) -> tuple[int, ...]:
+        """The tensors whose optimiser slots a worker keeps: those that its stage is the first to hold, ascending."""
+        return self._homes[self.plan.place(worker)[0]]
+
+    @cached_property
     def owners(self) -> Mapping[Chunk, str]:
         """The owner of every chunk: a replica of the first stage that holds its tensor, the least loaded one."""
         owners: dict[Chunk, str] = {}
-        seen: set[int] = set()
-        for stage, tensors in enumerate(self.held):
-            fresh = [chunk for tensor in tensors if tensor not in seen for chunk in self.chunks(tensor)]
-            seen.update(tensors)
-            load = [0] * self.plan.replicas
+        for stage, tensors in enumerate(self._homes):
+            fresh = [chunk for tensor in tensors for chunk in self.chunks(tensor)]
+            load = [0] * self.plan.replicas[stage]
             for chunk in sorted(fresh, key=lambda chunk: (-self.length(chunk), chunk)):
                 replica = load.index(min(load))
                 load[replica] += self.length(chunk)
@@ -101,8 +117,13 @@ class Layout:
         return tuple(worker for worker in self.plan.workers if self.shared(worker, holder))
 
     def holders_of(self, owner: str) -> tuple[str, ...]:
-        """The workers that hold a chunk of what `owner` owns: where its new weights go."""
-        return tuple(worker for worker in self.plan.workers if self.shared(owner, worker))
+        """The other workers that hold a chunk of what `owner` owns: where its part of the next state goes."""
+        return tuple(worker for worker in self.plan.workers if worker != owner and self.shared(owner, worker))
+
+    def parts(self, owner: str, holder: str, keys: Sequence[str]) -> list[tuple[str, Chunk]]:
+        """What `owner` sends `holder` of the next state: weights, and to the replicas of its stage all `keys`."""
+        same = self.plan.place(owner)[0] == self.plan.place(holder)[0]
+        return [(key, chunk) for key in keys if same or key == WEIGHT for chunk in self.shared(owner, holder)]
 
 
 def make_layout(plan: Plan, program: TrainingProgram) -> Layout:

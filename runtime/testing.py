@@ -1,12 +1,13 @@
 """What tests of runs share: a job that trains in a second, and the suite that every WorkerGroup passes."""
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from runtime.controller import Controller, Ended, Event, Job, Stepped
+from runtime.controller import Controller, Elastic, Ended, Event, Job, Stepped
 from runtime.data import open_dataset, prepare
 from runtime.executors import Make, reference
 from runtime.feed import Feed
@@ -79,8 +80,13 @@ def train(
     stop_before: int | None = None,
     keys: str = "",
     threads: int = 1,
+    elastic: Elastic | None = None,
+    watch: Callable[[Event], None] = lambda _: None,
 ) -> Ended:
-    """The job trained, from where its run in the store stands; asked to stop before step `stop_before`."""
+    """The job trained, from where its run in the store stands; asked to stop before step `stop_before`.
+
+    `watch` is told every event.
+    """
     history = History.open(store, job.name) if job.name in run_names(store) else None
     done = history.position().next_step if history else 0
 
@@ -88,6 +94,7 @@ def train(
         nonlocal done
         if isinstance(event, Stepped):
             done = event.record.step + 1
+        watch(event)
 
     return Controller(
         store=store,
@@ -97,6 +104,7 @@ def train(
         history=history,
         keys=keys,
         threads=threads,
+        elastic=elastic,
         observe=observe,
         stop=lambda: stop_before is not None and done >= stop_before,
     ).run()
@@ -145,8 +153,10 @@ def check_worker_group(group: WorkerGroup, job: Job, programs: bytes) -> None:
     assert [value.tolist() for value in group.get([shared])] == [[0, 1, 2]]
     one, two = (group.call(worker, "fetch", "weight", 0) for worker in (first, second))
     assert all(isinstance(value, dict) for value in group.get([one, two]))
-    (bundle,) = group.call(first, "gradients", returns=len(crew.layout.owners_for(first)))[:1]
+    (bundle,) = group.call(first, "gradients", 0, returns=len(crew.layout.owners_for(first)))[:1]
     assert group.get([bundle]) == [{}]
+    assert group.wait([bundle, one], 1.0) == [(0, None), (1, None)]
+    group.stop([second])
     group.stop()
     group.stop()
 

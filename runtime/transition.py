@@ -3,33 +3,45 @@
 State, batch and step in; next state and a StepRecord out. Which workers there are makes no difference to either.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 
 from runtime.data import batch_root
 from runtime.feed import Batch
-from runtime.groups import Handle, WorkerConfig, WorkerGroup
+from runtime.groups import Handle, ValueLost, WorkerConfig, WorkerGroup, WorkersLost
 from runtime.plan import Plan
 from runtime.program.training import TrainingProgram
-from runtime.shards import GRADIENT, WEIGHT, Layout, make_layout, tensor_entries
+from runtime.shards import GRADIENT, WEIGHT, ChunkRoots, Layout, make_layout, tensor_entries
+from runtime.work import Pace, Work
 from storage import merkle
 from storage.codec import encode
 from storage.errors import FailureError
 from storage.manifest import state_root
 from storage.records import StepRecord
 
+T = TypeVar("T")
+VALUE_ATTEMPTS, VALUE_SECONDS = 5, 2.0
+"""How often a phase is begun again because a value is gone, while no worker is known to be, and how long after."""
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(kw_only=True)
 class Crew:
-    """Started workers that hold one state between them."""
+    """Started workers that hold one state between them. `members` are the group's workers at the places of the plan."""
 
     group: WorkerGroup
+    program: TrainingProgram
     layout: Layout
     keys: tuple[str, ...]
     """What a tensor's state consists of: `weight`, then the optimiser's slots."""
+    members: dict[str, str]
+    pace: Pace = field(default_factory=Pace)
+    fixed: bool = True
+    """Whether each replica takes the units that the plan gives it, and no others."""
+    roots: ChunkRoots = field(default_factory=dict)
+    """The chunk roots of the state, where they are known."""
 
     @property
     def plan(self) -> Plan:
@@ -38,16 +50,28 @@ class Crew:
 
     @property
     def workers(self) -> tuple[str, ...]:
-        """Every worker's id."""
+        """Every worker's id: the places of the plan."""
         return self.layout.plan.workers
+
+    def call(self, worker: str, method: str, *args: Any, returns: int | None = None) -> Any:
+        """A call of the worker at a place, as `WorkerGroup.call`."""
+        return self.group.call(self.members[worker], method, *args, returns=returns)
 
     def gather(self, method: str, *args: Any) -> list[Any]:
         """The results of one method on every worker."""
-        return self.group.get([self.group.call(worker, method, *args) for worker in self.workers])
+        return self.group.get([self.call(worker, method, *args) for worker in self.workers])
 
 
 def assemble(
-    group: WorkerGroup, *, plan: Plan, program: TrainingProgram, programs: bytes, seed: int, keys: str, threads: int
+    group: WorkerGroup,
+    *,
+    plan: Plan,
+    program: TrainingProgram,
+    programs: bytes,
+    seed: int,
+    keys: str,
+    threads: int,
+    fixed: bool = True,
 ) -> Crew:
     """Start a worker for each place of the plan. `programs` is the encoding of `program`; the state is not set yet."""
     configs = {
@@ -55,7 +79,14 @@ def assemble(
         for worker in plan.workers
     }
     group.start(configs)
-    return Crew(group=group, layout=make_layout(plan, program), keys=(WEIGHT, *program.slots))
+    return Crew(
+        group=group,
+        program=program,
+        layout=make_layout(plan, program),
+        keys=(WEIGHT, *program.slots),
+        members={worker: worker for worker in plan.workers},
+        fixed=fixed,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ state
@@ -63,7 +94,9 @@ def assemble(
 
 def initialise(crew: Crew) -> bytes:
     """The root of the initial state, which the workers hold from now on."""
-    return _publish(crew, "initialise")
+    root = _publish(crew, "initialise")
+    crew.gather("commit")
+    return root
 
 
 def restore(crew: Crew, arrays: Mapping[str, np.ndarray]) -> None:
@@ -90,8 +123,9 @@ def place(crew: Crew, arrays: Mapping[str, np.ndarray]) -> None:
             )
         shared = crew.group.share(array)
         holders = [worker for worker in crew.workers if tensor in crew.layout.holds(worker)]
-        handles += [crew.group.call(worker, "load", key, tensor, shared) for worker in holders]
+        handles += [crew.call(worker, "load", key, tensor, shared) for worker in holders]
     crew.group.get(handles)
+    crew.roots = {}
 
 
 def crew_names(crew: Crew) -> dict[str, tuple[str, int]]:
@@ -109,10 +143,10 @@ class StateParts(Mapping[str, list[np.ndarray]]):
 
     def __getitem__(self, name: str) -> list[np.ndarray]:
         key, tensor = self._names[name]
-        layout, group = self._crew.layout, self._crew.group
+        crew, layout = self._crew, self._crew.layout
         owners = {layout.owners[chunk] for chunk in layout.chunks(tensor)}
         parts: dict[int, np.ndarray] = {}
-        for found in group.get([group.call(worker, "fetch", key, tensor) for worker in sorted(owners)]):
+        for found in crew.group.get([crew.call(worker, "fetch", key, tensor) for worker in sorted(owners)]):
             parts |= found
         return [parts[part] for part in sorted(parts)]
 
@@ -149,103 +183,129 @@ def train_step(
     step: int,
     batch: Batch,
     validation: Sequence[Batch] = (),
-    events: tuple[str, ...] = (),
+    events: list[str] | None = None,
+    lost: Callable[[WorkersLost], None] | None = None,
 ) -> tuple[StepRecord, tuple[bytes, ...]]:
     """The record of one step and its signed receipts; the crew holds the next state.
 
-    Raises StepFault where an operator refuses a value; the crew's state is worth nothing then.
+    Workers that are lost are handed to `lost`, which lets the crew go on without them and may add to `events`; what
+    they did of the step is done again. Raises StepFault where an operator refuses a value; the crew's state is worth
+    nothing then.
     """
-    losses = forward_backward(crew, step, batch, range(len(crew.plan.units)))
-    exponent, gradient_root = _reduce(crew, step)
-    loss = sum(crew.group.get(losses))
-    squares = sum(crew.gather("squares", exponent))
-    root = _publish(crew, "update", step, squares, exponent)
-    receipts = tuple(receipt for receipt in crew.gather("receipt", run, step) if receipt)
+    events = [] if events is None else events
+    work = Work(team=crew, step=step, batch=batch, micro_batches=crew.plan.micro_batches)
+
+    def attempt() -> tuple[int, bytes, bytes, tuple[bytes, ...]]:
+        losses = work.run()
+        exponent, gradient_root = _reduce(crew, step)
+        loss = sum(crew.group.get(losses))
+        squares = sum(crew.gather("squares", exponent))
+        root = _publish(crew, "update", step, squares, exponent)
+        return loss, gradient_root, root, tuple(receipt for receipt in crew.gather("receipt", run, step) if receipt)
+
+    loss, gradient_root, root, receipts = going_on(crew, attempt, lost, work)
+    going_on(crew, lambda: crew.gather("commit"), lost)
+    measured = going_on(crew, lambda: _validate(crew, validation), lost)
     record = StepRecord(
         step=step,
         data=batch_root(batch.inputs, batch.targets),
         loss=loss,
-        units=len(crew.plan.units),
+        units=len(work.micro_batches),
         gradient_root=gradient_root,
         state_root=root,
-        validation=_validate(crew, validation),
-        events=events,
+        validation=measured,
+        events=tuple(events),
         receipts_root=merkle.list_root(receipts),
     )
     return record, receipts
 
 
+def going_on(
+    crew: Crew, act: Callable[[], T], lost: Callable[[WorkersLost], None] | None, work: Work | None = None
+) -> T:
+    """What `act` returns, done again while workers are lost and the crew can go on without them."""
+    values = 0
+    while True:
+        try:
+            if values:  # a value went with a host: time to hear which
+                crew.group.wait([], VALUE_SECONDS)
+            return act()
+        except ValueLost:
+            values += 1
+            if lost is None or values == VALUE_ATTEMPTS:
+                raise
+        except WorkersLost as error:
+            if lost is None:
+                raise
+            values = 0
+            _without(error, lost, work)
+
+
+def _without(error: WorkersLost, lost: Callable[[WorkersLost], None], work: Work | None) -> None:
+    """Have the crew go on without some workers, and without those that are lost meanwhile."""
+    while True:
+        if work:
+            work.forget(error.lost)
+        try:
+            return lost(error)
+        except WorkersLost as further:
+            error = further
+
+
 def forward_backward(crew: Crew, step: int, batch: Batch, micro_batches: Sequence[int]) -> list[Handle]:
-    """Some micro-batches forward through the stages, then backward (GPipe); handles of the losses."""
-    plan, call = crew.plan, crew.group.call
-    last = len(plan.stages) - 1
-    units = [(m, plan.units[m]) for m in micro_batches]
-    parts = {m: batch.micro_batch(m, len(plan.units)) for m in micro_batches}
-    values: dict[int, Any] = {m: part.inputs for m, part in parts.items()}
-    for stage in range(last):
-        for m, replica in units:
-            values[m] = call(plan.worker(stage, replica), "forward", step, m, values[m])
-    losses = []
-    for m, replica in units:
-        worker = plan.worker(last, replica)
-        loss, values[m] = call(worker, "last", step, m, values[m], parts[m].targets, returns=2)
-        losses.append(loss)
-    for stage in reversed(range(last)):
-        for m, replica in units:
-            values[m] = call(plan.worker(stage, replica), "backward", step, m, values[m])
-    crew.group.get(list(values.values()))  # all None: a fault shows here
-    return losses
+    """Some micro-batches forward through the stages, then backward; handles of the losses."""
+    return Work(team=crew, step=step, batch=batch, micro_batches=micro_batches).run()
 
 
 def _reduce(crew: Crew, step: int) -> tuple[int, bytes]:
     """(largest exponent of the summed gradient, its root): every owner adds the bundles for its chunks."""
-    bundles = _exchange(crew, "gradients", crew.layout.owners_for)
-    reduced = crew.group.get([crew.group.call(worker, "reduce", step, *bundles[worker]) for worker in crew.workers])
+    bundles, _ = _exchange(crew, "gradients", crew.layout.owners_for, step)
+    reduced = crew.group.get([crew.call(worker, "reduce", step, *bundles[worker]) for worker in crew.workers])
     roots = {key: root for _, part in reduced for key, root in part.items()}
     entries = tensor_entries(crew.layout, roots, keys=(GRADIENT,), dtype="i64")
     return max(exponent for exponent, _ in reduced), state_root(entries)
 
 
 def _publish(crew: Crew, method: str, *args: int) -> bytes:
-    """Call what makes new weights on every owner, bring them to all holders, and return the root of the state."""
-    heads: list[Handle] = []
-    bundles = _exchange(crew, method, crew.layout.holders_of, *args, heads=heads)
-    stored = [crew.group.call(worker, "store", *bundles[worker]) for worker in crew.workers]
-    roots = {key: root for part in crew.group.get(heads) for key, root in part.items()}
+    """Call what makes the next state on every owner, bring it to all holders, and return its root."""
+    parts, heads = _exchange(crew, method, crew.layout.holders_of, *args, heads=1)
+    stored = [crew.call(worker, "store", *parts[worker]) for worker in crew.workers]
+    crew.roots = {key: root for part in crew.group.get(heads) for key, root in part.items()}
     crew.group.get(stored)
-    return state_root(tensor_entries(crew.layout, roots, keys=crew.keys, dtype="f32"))
+    return root_of(crew)
+
+
+def root_of(crew: Crew) -> bytes:
+    """The state root that the known chunk roots compose to."""
+    return state_root(tensor_entries(crew.layout, crew.roots, keys=crew.keys, dtype="f32"))
 
 
 def _exchange(
-    crew: Crew, method: str, destinations: Any, *args: int, heads: list[Handle] | None = None
-) -> dict[str, list[Handle]]:
-    """Call a method whose results are one bundle a destination; the bundles by destination.
-
-    With `heads` the method returns one value more in front, whose handles are collected there.
-    """
+    crew: Crew, method: str, destinations: Callable[[str], Sequence[str]], *args: int, heads: int = 0
+) -> tuple[dict[str, list[Handle]], list[Handle]]:
+    """(results by destination, heads): calls a method that returns `heads` values, then one for each destination."""
     bundles: dict[str, list[Handle]] = {worker: [] for worker in crew.workers}
+    first: list[Handle] = []
     for worker in crew.workers:
         targets = destinations(worker)
-        extra = 0 if heads is None else 1
-        results = crew.group.call(worker, method, *args, returns=len(targets) + extra)
-        if heads is not None:
-            heads.append(results[0])
-        for target, bundle in zip(targets, results[extra:], strict=True):
+        results = crew.call(worker, method, *args, returns=heads + len(targets))
+        first += results[:heads]
+        for target, bundle in zip(targets, results[heads:], strict=True):
             bundles[target].append(bundle)
-    return bundles
+    return bundles, first
 
 
 def _validate(crew: Crew, batches: Sequence[Batch]) -> tuple[int, ...]:
     """() without batches, else (loss sum, hits, count, batches) with the new weights."""
     if not batches:
         return ()
-    plan, call = crew.plan, crew.group.call
+    plan = crew.plan
     measured = []
     for number, batch in enumerate(batches):
-        replica = number % plan.replicas
+        *firsts, last = (plan.worker(stage, number % count) for stage, count in enumerate(plan.replicas))
         value: Any = batch.inputs
-        for stage in range(len(plan.stages) - 1):
-            value = call(plan.worker(stage, replica), "evaluate", value)
-        measured.append(call(plan.worker(len(plan.stages) - 1, replica), "measure", value, batch.targets))
-    loss, hits, count = (sum(column) for column in zip(*crew.group.get(measured), strict=True))
-    return loss, hits, count, len(batches)
+        for worker in firsts:
+            value = crew.call(worker, "evaluate", value)
+        measured.append(crew.call(last, "measure", value, batch.targets))
+    loss, hits, items = (sum(column) for column in zip(*crew.group.get(measured), strict=True))
+    return loss, hits, items, len(batches)

@@ -16,57 +16,58 @@ from runtime import memory
 from runtime.groups import WorkerConfig
 from runtime.integers import ExactSum, sum_exactly
 from runtime.places import StepFault, at
+from runtime.plan import Plan
 from runtime.program.executor import Executor
 from runtime.program.training import TrainingProgram
-from runtime.shards import GRADIENT, WEIGHT, Chunk, make_layout
+from runtime.shards import GRADIENT, WEIGHT, Chunk, ChunkRoots, make_layout
 from storage import merkle
 from storage.codec import NO_DIGEST, decode, encode
+from storage.errors import FailureError
 from storage.identity import Identity, load_or_create, sign_receipt
 from storage.records import Receipt, TensorEntry, UnitRecord
 
-Bundle = dict[Chunk, Any]
-"""What one worker sends another: gradient sums or new weights by chunk."""
-ChunkRoots = dict[tuple[str, Chunk], bytes]
-"""Merkle roots of chunks by key (`gradient`, `weight` or an optimiser slot) and chunk."""
-
+Bundle = dict[Chunk, ExactSum]
+"""Gradient sums that one worker sends another, by chunk."""
+Parts = dict[tuple[str, Chunk], np.ndarray]
+"""Parts of a state, flat float32, by key (`weight` or an optimiser slot) and chunk."""
 
 KEPT_MICRO_BATCHES = 2
 """For so many micro-batches at a time a worker keeps what backward needs of forward; for others it is made again."""
 
 
 class StageWorker:
-    """One replica of one stage. Weights of its blocks are whole; optimiser slots are only those of its own chunks."""
+    """One replica of one stage, with the whole state of the stage: weights of its blocks, slots of what it is home to.
+
+    Until `commit` a step changes nothing of it: `update` and `store` put the next state beside it, and gradient sums
+    stay what they are. So a step in which another worker is lost can be finished with the workers that are left.
+    """
 
     def __init__(
         self, *, config: WorkerConfig, program: TrainingProgram, executor: Executor, identity: Identity | None = None
     ) -> None:
-        self._id = config.worker
-        self._plan = config.plan
         self._program = program
         self._executor = executor
         self._identity = identity
-        self._layout = make_layout(config.plan, program)
-        self._stage, _ = config.plan.place(config.worker)
-        self._blocks = config.plan.stages[self._stage]
         self._key = (config.seed & 0xFFFFFFFF, config.seed >> 32)
-        names = self._layout.names
-        self._index = {name: tensor for tensor, name in enumerate(names)}
-        held = self._layout.holds(self._id)
-        elements = sum(map(self._layout.size, held))
-        owned = sum(map(self._layout.length, self._layout.owned(self._id)))
-        # Weights and gradient sums of what it holds, optimiser slots of what it owns.
-        memory.require(12 * elements + 4 * len(program.slots) * owned, f"the state of worker {self._id}")
+        self._settle_at(config.worker, config.plan)
+        self._index = {name: tensor for tensor, name in enumerate(self._layout.names)}
+        held, homed = self._layout.holds(self._id), self._layout.homed(self._id)
+        # Weights and gradient sums of what it holds, optimiser slots of what it is home to.
+        elements, kept = (sum(map(self._layout.size, tensors)) for tensors in (held, homed))
+        memory.require(12 * elements + 4 * len(program.slots) * kept, f"the state of worker {self._id}")
         self._weights = {tensor: np.zeros(self._layout.size(tensor), np.float32) for tensor in held}
         self._handles: dict[int, Any] = {}
         self._slots = {
-            (slot, chunk): np.zeros(self._layout.length(chunk), np.float32)
+            (slot, tensor): np.zeros(self._layout.size(tensor), np.float32)
             for slot in program.slots
-            for chunk in self._layout.owned(self._id)
+            for tensor in homed
         }
+        self._next: Parts = {}
+        """The state after the step, where it is known already."""
         self._kept: dict[int, list[tuple[Any, Any]]] = {}
         self._sums: dict[int, ExactSum] = {}
         self._memory: dict[int, np.ndarray] = {}
-        """Where sums are kept, step after step: what `gradients` handed out is used up when the next step begins."""
+        """Where sums are kept, step after step: what `gradients` handed out is good until the next step begins."""
         self._units: dict[int, dict[str, bytes]] = {}
         """Digests of what came in and went out for each micro-batch of `_step`."""
         self._step = -1
@@ -77,39 +78,92 @@ class StageWorker:
         self._reduced_root = self._updated_root = merkle.EMPTY_ROOT
         self._hashers = ThreadPoolExecutor(config.threads or os.cpu_count() or 1)
 
+    def _settle_at(self, worker: str, plan: Plan) -> None:
+        self._id, self._plan = worker, plan
+        self._layout = make_layout(plan, self._program)
+        self._stage, _ = plan.place(worker)
+        self._blocks = plan.stages[self._stage]
+
     # ------------------------------------------------------------------------------------------------------- state
 
     def initialise(self) -> tuple[Any, ...]:
-        """(chunk roots of the initial state, then one bundle of weights for each of `layout.holders_of(self)`)."""
+        """(chunk roots of the owned initial state, then its parts for each of `layout.holders_of(self)`)."""
+        self._next = {}
         for chunk in self._layout.owned(self._id):
-            program = self._program.init_program(chunk.tensor, self._layout.length(chunk))
+            length = self._layout.length(chunk)
             rng = self._rng(step=0, micro_batch=0, place=chunk.tensor, offset=chunk.offset)
             with at(f"initial weights/{self._place(chunk)}"):
-                self._weights[chunk.tensor][self._layout.span(chunk)] = self._arrays(program, [rng])[0]
-        for array in self._slots.values():
-            array[:] = 0
+                (weight,) = self._arrays(self._program.init_program(chunk.tensor, length), [rng])
+            self._made(chunk, [weight, *(np.zeros(length, np.float32) for _ in self._program.slots)])
         return self._published()
 
     def load(self, key: str, tensor: int, array: np.ndarray) -> None:
-        """Take a whole tensor: weights are kept whole, an optimiser slot only in the chunks that this worker owns."""
+        """Take a whole tensor of the state: a weight, or an optimiser slot where this worker is home to it."""
         flat = np.asarray(array, np.float32).reshape(-1)
         self._step = -1
         if key == WEIGHT:
-            self._weights[tensor][:] = flat
+            self._weights.setdefault(tensor, np.empty(flat.size, np.float32))[:] = flat
             self._renew()
-            return
-        for chunk in self._layout.owned(self._id):
-            if chunk.tensor == tensor:
-                self._slots[key, chunk] = flat[self._layout.span(chunk)].copy()
+        elif tensor in self._layout.homed(self._id):
+            self._slots.setdefault((key, tensor), np.empty(flat.size, np.float32))[:] = flat
 
     def fetch(self, key: str, tensor: int) -> dict[int, np.ndarray]:
         """The owned chunks of one tensor of the state, by part: flat float32."""
         owned = (chunk for chunk in self._layout.owned(self._id) if chunk.tensor == tensor)
+        return {chunk.part: self._state(key, chunk) for chunk in owned}
+
+    def give(self, key: str, tensor: int) -> np.ndarray:
+        """A whole tensor of the state, flat float32, for a worker that is to hold it too."""
+        return self._weights[tensor] if key == WEIGHT else self._slots[key, tensor]
+
+    def take(self, key: str, tensor: int, array: np.ndarray) -> tuple[bytes, ...]:
+        """Keep a tensor that another worker gave, whether or not the plan has it here yet: the roots of its chunks."""
+        flat = np.array(array, np.float32)
         if key == WEIGHT:
-            return {chunk.part: self._weights[tensor][self._layout.span(chunk)] for chunk in owned}
-        return {chunk.part: self._slots[key, chunk] for chunk in owned}
+            self._weights[tensor] = flat
+            self._renew()
+        else:
+            self._slots[key, tensor] = flat
+        return tuple(self._roots([flat[self._layout.span(chunk)] for chunk in self._layout.chunks(tensor)]))
+
+    def roots(self) -> ChunkRoots:
+        """The chunk roots of the owned state."""
+        places = [(key, chunk) for key in self._keys for chunk in self._layout.owned(self._id)]
+        return dict(zip(places, self._roots([self._state(*place) for place in places]), strict=True))
+
+    def regroup(self, worker: str, plan: bytes) -> None:
+        """Work at another place, or among other workers, from now on; gradient sums of the step are kept.
+
+        What the place does not need is let go. FailureError where something is missing: `take` it first.
+        """
+        self._settle_at(worker, decode(Plan, plan))
+        held, homed = set(self._layout.holds(worker)), set(self._layout.homed(worker))
+        lacking = (held - set(self._weights)) | {
+            t for t in homed for s in self._program.slots if (s, t) not in self._slots
+        }
+        if lacking:
+            raise FailureError(f"worker {worker}: expected the state of its stage, got none of tensor {min(lacking)}")
+        self._weights = {tensor: array for tensor, array in self._weights.items() if tensor in held}
+        self._slots = {place: array for place, array in self._slots.items() if place[1] in homed}
+        self._memory = {tensor: array for tensor, array in self._memory.items() if tensor in held}
+        self._next, self._totals = {}, {}
+        self._renew()
+
+    @property
+    def _keys(self) -> tuple[str, ...]:
+        return WEIGHT, *self._program.slots
+
+    def _state(self, key: str, chunk: Chunk) -> np.ndarray:
+        whole = self._weights[chunk.tensor] if key == WEIGHT else self._slots[key, chunk.tensor]
+        return whole[self._layout.span(chunk)]
 
     # ---------------------------------------------------------------------------------------- forward and backward
+
+    def _begin(self, step: int) -> None:
+        """Whatever is kept of another step is of no use any more."""
+        if step != self._step:
+            self._step = step
+            self._units, self._sums, self._kept, self._sum_roots = {}, {}, {}, {}
 
     def forward(self, step: int, micro_batch: int, x: np.ndarray) -> np.ndarray:
         """The stage's output for one micro-batch; its blocks' inputs are kept for `backward`."""
@@ -120,8 +174,7 @@ class StageWorker:
     def last(self, step: int, micro_batch: int, x: np.ndarray, target: np.ndarray) -> tuple[int, np.ndarray | None]:
         """The last stage in one go: (mean loss x 2**44, gradient of the stage's input, None for the first stage)."""
         y = self._forward(step, micro_batch, x)
-        with at(f"step {step}/micro-batch {micro_batch}/loss"):
-            loss, dy = self._executor.run(self._program.loss, [y, self._executor.put(target)])
+        loss, dy = self._loss(step, micro_batch, y, target)
         del y  # of a language model's head the largest array of all
         total = self._executor.get(loss)
         dx = self._backward(step, micro_batch, dy)
@@ -134,14 +187,41 @@ class StageWorker:
         self._note(step, micro_batch, dy=dy, dx=dx)
         return dx
 
+    def output(self, step: int, micro_batch: int, x: np.ndarray) -> np.ndarray:
+        """What `forward` gave, made once more for others."""
+        self._begin(step)
+        kept = self._kept.get(micro_batch)
+        y = self._executor.get(self._forward(step, micro_batch, x))
+        if kept is None:
+            del self._kept[micro_batch]
+        else:
+            self._kept[micro_batch] = kept
+        return y
+
+    def gradient(
+        self, step: int, micro_batch: int, x: np.ndarray, target: np.ndarray | None, dy: np.ndarray | None
+    ) -> np.ndarray | None:
+        """The gradient of the stage's input, made once more for others: nothing joins this worker's sums.
+
+        The last stage is given the target, any other what its output's gradient is.
+        """
+        y = self._forward(step, micro_batch, x)
+        handle = self._loss(step, micro_batch, y, target)[1] if dy is None else self._executor.put(dy)
+        return self._backward(step, micro_batch, handle, counted=False)
+
+    def _loss(self, step: int, micro_batch: int, y: Any, target: np.ndarray | None) -> list[Any]:
+        assert target is not None
+        with at(f"step {step}/micro-batch {micro_batch}/loss"):
+            return self._executor.run(self._program.loss, [y, self._executor.put(target)])
+
     def _note(self, step: int, micro_batch: int, **arrays: np.ndarray | None) -> None:
         """Keep the digests of what came in or went out for the step's receipt."""
-        if step != self._step:
-            self._step, self._units = step, {}
+        self._begin(step)
         noted = self._units.setdefault(micro_batch, {})
         noted |= {name: merkle.bytes_root(array.data) for name, array in arrays.items() if array is not None}
 
     def _forward(self, step: int, micro_batch: int, x: np.ndarray) -> Any:
+        self._begin(step)
         kept = self._kept[micro_batch] = []
         handle = self._executor.put(x)
         for block in self._blocks:
@@ -156,18 +236,18 @@ class StageWorker:
             (handle,) = made
         return handle
 
-    def _backward(self, step: int, micro_batch: int, dy: Any) -> np.ndarray | None:
+    def _backward(self, step: int, micro_batch: int, dy: Any, *, counted: bool = True) -> np.ndarray | None:
         kept = self._kept.pop(micro_batch)
         for block in reversed(self._blocks):
             names = self._program.blocks[block].tensors
             kind, parameters, (x, saved) = self._program.kind_of(block), self._parameters(block), kept.pop()
             arguments = [*parameters, x, self._block_rng(step, micro_batch, block), dy]
             with at(f"step {step}/micro-batch {micro_batch}/block {block}/backward"):
-                sums = self._open_sums(names, kind.gradient_bounds)
+                sums = self._open_sums(names, kind.gradient_bounds) if counted else []
                 results = self._executor.backward(
                     kind.forward, kind.backward, arguments, saved, sums, stable=len(parameters)
                 )
-            if not sums:
+            if counted and not sums:
                 made = [self._executor.get(gradient) for gradient in results[len(results) - len(names) :]]
                 with at(f"step {step}/micro-batch {micro_batch}/block {block}/sum"):
                     self._add(names, made)
@@ -217,14 +297,15 @@ class StageWorker:
 
     def drop(self) -> None:
         """Forget the gradients that were added up so far: the step is not gone through to its end."""
-        self._sums, self._kept = {}, {}
-        self._step = -1
+        self._begin(-1)
+        self._next, self._totals = {}, {}
 
     # -------------------------------------------------------------------------------------------- reduce and update
 
-    def gradients(self) -> tuple[Bundle, ...]:
-        """One bundle of gradient sums for each of `layout.owners_for(self)`; this worker's own sums start anew."""
-        sums, self._sums = self._sums, {}
+    def gradients(self, step: int) -> tuple[Bundle, ...]:
+        """One bundle of gradient sums of the step for each of `layout.owners_for(self)`."""
+        self._begin(step)
+        sums = self._sums
         chunks = [chunk for tensor in sorted(sums) for chunk in self._layout.chunks(tensor)]
         roots = self._roots([sums[chunk.tensor].value[self._layout.span(chunk)] for chunk in chunks])
         self._sum_roots = dict(zip(chunks, roots, strict=True))
@@ -250,6 +331,7 @@ class StageWorker:
     def reduce(self, step: int, *bundles: Bundle) -> tuple[int, ChunkRoots]:
         """(largest exponent of the owned gradient, root of each owned chunk of it) of the sums of all bundles."""
         exponents = []
+        self._totals = {}
         owned = self._layout.owned(self._id)
         for chunk in owned:
             length = self._layout.length(chunk)
@@ -279,32 +361,42 @@ class StageWorker:
         return total
 
     def update(self, step: int, total: int, exponent: int) -> tuple[Any, ...]:
-        """(chunk roots of the owned state after the step, then a bundle of weights for each of `holders_of(self)`)."""
+        """(chunk roots of the owned state after the step, then its parts for each of `layout.holders_of(self)`)."""
         self._renew()
+        self._next = {}
         scalars = [
             self._executor.put(np.array(value, dtype))
             for value, dtype in ((total, np.int64), (exponent, np.int32), (step, np.int64))
         ]
         for chunk in self._layout.owned(self._id):
             program = self._program.update_program(chunk.tensor, self._layout.length(chunk))
-            weight = self._weights[chunk.tensor][self._layout.span(chunk)]
-            state = [weight, *(self._slots[slot, chunk] for slot in self._program.slots)]
-            handles = [self._executor.put(array) for array in state]
+            handles = [self._executor.put(self._state(key, chunk)) for key in self._keys]
             with at(f"step {step}/update/{self._place(chunk)}"):
                 results = self._arrays(program, [*handles, self._totals.pop(chunk), *scalars])
-                _finite(results, (WEIGHT, *self._program.slots), chunk.offset)
-            for array, result in zip(state, results, strict=True):
-                array[:] = result
+                _finite(results, self._keys, chunk.offset)
+            self._made(chunk, results)
         return self._published()
 
-    def store(self, *bundles: Bundle) -> None:
-        """Take the new weights of every chunk that this worker holds."""
-        for bundle in bundles:
-            for chunk, array in bundle.items():
-                target = self._weights[chunk.tensor][self._layout.span(chunk)]
-                if not np.shares_memory(target, array):  # its own are there already
-                    target[:] = array
+    def store(self, *parts: Parts) -> None:
+        """Take the next state of chunks that others own, for `commit`."""
+        for part in parts:
+            self._next |= part
+
+    def commit(self) -> None:
+        """The next state is the state from now on."""
+        self._apply()
         self._renew()
+
+    def _made(self, chunk: Chunk, arrays: Sequence[np.ndarray]) -> None:
+        """The next state of an owned chunk; it is kept at once where no worker can be lost without the whole step."""
+        self._next |= {(key, chunk): array for key, array in zip(self._keys, arrays, strict=True)}
+        if max(self._plan.replicas) == 1:
+            self._apply()
+
+    def _apply(self) -> None:
+        for (key, chunk), array in self._next.items():
+            self._state(key, chunk)[:] = array
+        self._next = {}
 
     def receipt(self, run: bytes, step: int) -> bytes:
         """The encoded, signed receipt of what this worker did in the step; b"" for a worker without a key."""
@@ -322,7 +414,7 @@ class StageWorker:
             worker=self._id,
             address=self._identity.address if self._identity else bytes(20),
             bounds=self._plan.bounds,
-            replicas=self._plan.replicas,
+            replicas=self._plan.replicas[self._stage],
             units=tuple(UnitRecord(micro_batch=m, **given | noted) for m, noted in sorted(self._units.items())),
             gradient_root=self._gradient_root,
             exponent=self._exponent,
@@ -338,15 +430,16 @@ class StageWorker:
         self._executor.forget()
 
     def _published(self) -> tuple[Any, ...]:
-        weights = {c: self._weights[c.tensor][self._layout.span(c)] for c in self._layout.owned(self._id)}
-        arrays = {**{(WEIGHT, chunk): array for chunk, array in weights.items()}, **self._slots}
+        """(chunk roots of what this worker made of the next state, the parts of it that each other holder keeps)."""
+        layout, me = self._layout, self._id
+        places = [(key, chunk) for key in self._keys for chunk in layout.owned(me)]
+        arrays = {place: self._next[place] if place in self._next else self._state(*place) for place in places}
         roots: ChunkRoots = dict(zip(arrays, self._roots(list(arrays.values())), strict=True))
-        self._updated_root = merkle.list_root([roots[key] for key in sorted(roots)])
-        bundles = (
-            {chunk: weights[chunk] for chunk in self._layout.shared(self._id, holder)}
-            for holder in self._layout.holders_of(self._id)
+        self._updated_root = merkle.list_root([roots[place] for place in sorted(roots)])
+        parts = (
+            {place: arrays[place] for place in layout.parts(me, other, self._keys)} for other in layout.holders_of(me)
         )
-        return roots, *bundles
+        return roots, *parts
 
     # ----------------------------------------------------------------------------------------------- executor's side
 

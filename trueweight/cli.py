@@ -13,14 +13,15 @@ from typer.exceptions import TyperException
 
 from ledger.port import DryRun
 from runtime import executors, recipe_keys
-from runtime.controller import Ended, Job
+from runtime.controller import Elastic, Ended, Job
 from runtime.doctor import examine
+from runtime.groups import WorkerGroup
 from runtime.plan import Plan, make_plan
 from runtime.program import vectors
 from runtime.recipe import load_recipe
 from runtime.segments import FINISHED, History
 from storage.errors import FailureError, TrueweightError, UsageError
-from trueweight import audit_cli, investigation, lab_cli, ledger_cli, pinpoint_cli, reports, store_cli, wiring
+from trueweight import audit_cli, cluster_cli, investigation, lab_cli, ledger_cli, pinpoint_cli, reports, store_cli, wiring
 from trueweight.audit_cli import integers
 from trueweight.console import console_for, print_json, say, teller, writer
 from trueweight.locks import check_lock, read_lock, write_lock
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 
 app.add_typer(store_cli.app, name="store")
+app.add_typer(cluster_cli.app, name="cluster")
 app.command("audit")(audit_cli.audit_command)
 app.command("pinpoint")(pinpoint_cli.pinpoint_command)
 app.add_typer(pinpoint_cli.evidence_app, name="evidence")
@@ -47,7 +49,7 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in 
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name; `trueweight runs` lists them.")]
 StoreFolder = Annotated[str, typer.Option("--store", metavar="DIR", help="The store: a folder or a URL.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object; progress goes to stderr.")]
-Replicas = Annotated[int, typer.Option(help="Replicas of each stage.")]
+Replicas = Annotated[int, typer.Option(help="Replicas of each stage; 0 is all that the CPUs take, more as hosts join.")]
 Stages = Annotated[int, typer.Option(help="Pipeline stages.")]
 Shares = Annotated[str, typer.Option(help="Micro-batches by replica, such as 3,1; even without.")]
 Threads = Annotated[int, typer.Option(help="Threads of a worker; 0 is all that torch sees.")]
@@ -95,20 +97,20 @@ def run(
     read = load_recipe(recipe)
     expected = read_lock(lock) if lock else None
     parts = _shares(shares)
-    make_plan(blocks=max(stages, 1), stages=stages, replicas=replicas, micro_batches=1, shares=parts)
+    make_plan(blocks=max(stages, 1), stages=stages, replicas=max(replicas, 1), micro_batches=1, shares=parts)
     objects = wiring.open_folder(store, create=True)
     chosen = wiring.choose_name(objects, name, default=read.name)
     with (
         objects.writing(f"run {chosen}"),
-        wiring.worker_group(local=local, address=address, executor=executor, tell=teller(console)) as group,
+        wiring.worker_group(local=local, address=address, executor=executor, tell=teller(console)) as workers,
     ):
         job = wiring.prepare_job(objects, read, name=chosen, folder=recipe.parent, tell=teller(console))
         if expected and lock:
             check_lock(expected, wiring.found_roots(job), lock)
-        plan = _plan(job, stages=stages, replicas=replicas, shares=parts)
+        group, plan, elastic = _placed(job, workers, stages=stages, replicas=replicas, shares=parts)
         if inject:
             group = investigation.spoiled(objects, job, plan, inject, local=local, executor=executor)
-        training = Training(console=console, store=objects, job=job, keys=keys, threads=threads)
+        training = Training(console=console, store=objects, job=job, keys=keys, threads=threads, elastic=elastic)
         if ledger:
             tell = ledger_cli.committer(store, chosen, ledger, keys=keys, tell=teller(console))
             training = replace(training, also=tell)
@@ -144,13 +146,15 @@ def resume(
     objects = wiring.open_folder(store, create=False)
     history = History.open(objects, name)
     job = wiring.stored_job(objects, history)
-    plan = _plan(job, stages=stages, replicas=replicas, shares=_shares(shares))
+    parts = _shares(shares)
+    _plan(job, stages=stages, replicas=max(replicas, 1), shares=parts)
     if history.head.status == FINISHED:
         position = history.position()
         ended = Ended(status=FINISHED, step=position.next_step, state_root=position.poststate)
     else:
-        with wiring.worker_group(local=local, address=address, executor=executor, tell=teller(console)) as group:
-            training = Training(console=console, store=objects, job=job, keys=keys, threads=threads)
+        with wiring.worker_group(local=local, address=address, executor=executor, tell=teller(console)) as workers:
+            group, plan, elastic = _placed(job, workers, stages=stages, replicas=replicas, shares=parts)
+            training = Training(console=console, store=objects, job=job, keys=keys, threads=threads, elastic=elastic)
             ended = training.run(group, plan, history)
     return report_end(console, ended, job, as_json=as_json, store=store, lock=(lock, expected))
 
@@ -336,6 +340,18 @@ def _plan(job: Job, *, stages: int, replicas: int, shares: Sequence[int] | None)
     return make_plan(
         blocks=len(job.program.blocks), stages=stages, replicas=replicas, micro_batches=micro_batches, shares=shares
     )
+
+
+def _placed(
+    job: Job, workers: wiring.Workers, *, stages: int, replicas: int, shares: Sequence[int] | None
+) -> tuple[WorkerGroup, Plan, Elastic | None]:
+    """(the group, its plan, how its workers may change); 0 replicas are as many as the cluster's CPUs take."""
+    most = job.feed.recipe.training.micro_batches
+    count = replicas or max(min(int(workers.cpus) // max(stages, 1), most), 1)
+    plan = _plan(job, stages=stages, replicas=count, shares=shares)
+    if workers.membership is None:
+        return workers.group, plan, None
+    return workers.group, plan, Elastic(membership=workers.membership, grow=not replicas, fixed=shares is not None)
 
 
 def _shares(text: str) -> list[int] | None:

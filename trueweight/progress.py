@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from runtime.controller import Assembled, Committed, Ended, Event, Ready, Stepped
+from runtime.controller import Assembled, Changed, Committed, Ended, Event, Ready, Stepped
 from storage.records import StepRecord
 from trueweight.journal import mean_loss, validation_accuracy, validation_loss
 
@@ -35,6 +35,9 @@ class Progress:
             case Assembled(workers=workers):
                 self._workers = len(workers)
                 self._say(f"{counted(len(workers), 'worker')}: {' '.join(workers)}")
+            case Changed(what=what, workers=workers):
+                self._workers = len(workers)
+                self._say(f"{what}; {counted(len(workers), 'worker')} now")
             case Ready(step=step, state_root=root):
                 self._first, self._since, self._shown = step, self._clock(), float("-inf")
                 self._say(f"state before step {step}: {root.hex()}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from runtime.controller import Controller, Ended, Event, Job
+from runtime.controller import Controller, Elastic, Ended, Event, Job
 from runtime.groups import WorkerGroup
 from runtime.plan import Plan
 from runtime.segments import FINISHED, History, run_names
@@ -34,6 +34,7 @@ class Training:
     job: Job
     keys: str
     threads: int
+    elastic: Elastic | None = None
     also: Callable[[Event], None] = lambda _: None
 
     def run(self, group: WorkerGroup, plan: Plan, history: History | None = None) -> Ended:
@@ -57,6 +58,7 @@ class Training:
                     history=history,
                     keys=self.keys,
                     threads=self.threads,
+                    elastic=self.elastic,
                     observe=observe,
                     stop=stop,
                 ).run()

@@ -9,7 +9,7 @@ from runtime.controller import Job
 from runtime.data import open_dataset, prepare
 from runtime.executors import named
 from runtime.feed import Feed
-from runtime.groups import LocalGroup, WorkerGroup
+from runtime.groups import LocalGroup, Membership, WorkerGroup
 from runtime.program.training import TrainingProgram
 from runtime.recipe import FactoryConfig, Recipe, decode_recipe
 from runtime.segments import History, free_name, head_name, taken
@@ -77,8 +77,17 @@ def stored_job(store: Store, history: History) -> Job:
     return Job(name=run.name, feed=feed, program=program, programs=run.programs, data=run.data, engine=run.engine)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Where workers are started. `membership` is None where they cannot change; `cpus` are those of all hosts."""
+
+    group: WorkerGroup
+    membership: Membership | None = None
+    cpus: float = 1.0
+
+
 @contextmanager
-def worker_group(*, local: bool, address: str | None, executor: str, tell: Tell) -> Iterator[WorkerGroup]:
+def worker_group(*, local: bool, address: str | None, executor: str, tell: Tell) -> Iterator[Workers]:
     """A group to start workers in: this process, the Ray cluster that is named, or one that lives for the occasion."""
     make = named(executor)
     if local:
@@ -88,14 +97,15 @@ def worker_group(*, local: bool, address: str | None, executor: str, tell: Tell)
             )
         from runtime.worker import worker_builder
 
-        yield LocalGroup(worker_builder(make))
+        yield Workers(group=LocalGroup(worker_builder(make)))
         return
     from runtime.actors.cluster import joined
     from runtime.actors.group import RayGroup
 
     with joined(address) as cluster:
         tell(f"Ray {'started' if cluster.started else 'joined'} at {cluster.address}: {cluster.cpus:g} CPUs")
-        yield RayGroup(cpus=cluster.cpus, executor=executor)
+        group = RayGroup(cpus=cluster.cpus, executor=executor)
+        yield Workers(group=group, membership=group, cpus=cluster.cpus)
 
 
 @dataclass(frozen=True, kw_only=True)

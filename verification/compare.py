@@ -487,7 +487,7 @@ def _unit_difference(
 def _boundaries(plans: Sequence[Plan]) -> Iterator[tuple[str, str, range, int, int]]:
     """(direction, field, blocks, boundary, micro-batch) of what crosses the boundaries of both plans, in order."""
     common = sorted(set(plans[0].bounds) & set(plans[1].bounds))
-    micro_batches = range(len(plans[0].units))
+    micro_batches = plans[0].micro_batches
     spans = list(map(range, common, common[1:]))
     for blocks in spans:
         for name, edge in (("x", blocks.start), ("y", blocks.stop)):
@@ -512,7 +512,7 @@ def _workers(plan: Plan, name: str, blocks: range, micro_batch: int) -> list[str
     """Who answers for a value: those that made it from the one at the other boundary, or who took it."""
     stages = [number for number, part in enumerate(plan.stages) if blocks.start <= part.start < blocks.stop]
     stages = {"x": stages[:1], "dy": stages[-1:]}.get(name, stages)
-    return [plan.worker(stage, plan.units[micro_batch]) for stage in stages]
+    return [plan.worker(stage, plan.units[stage][micro_batch]) for stage in stages]
 
 
 def _sums(plans: Sequence[Plan]) -> Iterator[tuple[str, str, str]]:

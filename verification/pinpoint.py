@@ -113,29 +113,40 @@ class Unit:
 
 def plan_of(receipts: Sequence[Receipt], program: TrainingProgram) -> Plan:
     """The plan that a step's receipts were signed under; FailureError where they do not agree on one."""
-    units: dict[int, int] = {}
-    for receipt in receipts:
-        if (receipt.bounds, receipt.replicas) != (receipts[0].bounds, receipts[0].replicas):
-            raise FailureError("the step's receipts speak of different plans; nobody can be named")
     if not receipts:
         raise FailureError("the step has no receipts: its workers had no keys, so nobody can be named")
-    bounds, replicas = receipts[0].bounds, receipts[0].replicas
+    bounds, stages = receipts[0].bounds, len(receipts[0].bounds) - 1
+    if any(receipt.bounds != bounds for receipt in receipts):
+        raise FailureError("the step's receipts speak of different plans; nobody can be named")
     whole = list(bounds) == sorted(set(bounds)) and bounds[:1] == (0,) and bounds[-1] == len(program.blocks)
-    if not whole or not 0 < replicas <= len(receipts):
-        raise FailureError("the step's receipts speak of a plan that there cannot be; nobody can be named")
-    plan = Plan(bounds=bounds, replicas=replicas, units=(0,) * program.micro_batches)
-    if sorted(receipt.worker for receipt in receipts) != sorted(plan.workers):
-        raise FailureError("the step's receipts are not one a worker of their plan; nobody can be named")
+    teams: list[list[Receipt]] = [[] for _ in range(stages)]
     for receipt in receipts:
-        stage, replica = plan.place(receipt.worker)
-        for unit in receipt.units if stage == 0 else ():
-            if unit.micro_batch >= program.micro_batches or unit.micro_batch in units:
+        try:
+            stage = Plan.place(receipt.worker)[0] if whole else stages
+            teams[stage].append(receipt)
+        except (ValueError, IndexError):
+            raise FailureError(
+                "the step's receipts speak of a plan that there cannot be; nobody can be named"
+            ) from None
+    plan = Plan(bounds=bounds, replicas=tuple(map(len, teams)), units=((0,) * program.micro_batches,) * stages)
+    agree = all(receipt.replicas == len(team) for team in teams for receipt in team)
+    if not agree or sorted(receipt.worker for receipt in receipts) != sorted(plan.workers):
+        raise FailureError("the step's receipts are not one a worker of their plan; nobody can be named")
+    return replace(plan, units=tuple(_units_of(team, plan, program.micro_batches) for team in teams))
+
+
+def _units_of(team: Sequence[Receipt], plan: Plan, micro_batches: int) -> tuple[int, ...]:
+    """The replica that signed for each micro-batch in one stage."""
+    units: dict[int, int] = {}
+    for receipt in team:
+        for unit in receipt.units:
+            if unit.micro_batch >= micro_batches or unit.micro_batch in units:
                 raise FailureError(f"micro-batch {unit.micro_batch} is claimed twice, or there is none; see `show`")
-            units[unit.micro_batch] = replica
-    if len(units) != program.micro_batches:
-        missing = min(set(range(program.micro_batches)) - set(units))
+            units[unit.micro_batch] = plan.place(receipt.worker)[1]
+    if len(units) != micro_batches:
+        missing = min(set(range(micro_batches)) - set(units))
         raise FailureError(f"nobody signed for micro-batch {missing}; nobody can be named")
-    return replace(plan, units=tuple(units[m] for m in range(program.micro_batches)))
+    return tuple(units[m] for m in range(micro_batches))
 
 
 def first_unit(expected: Mapping[str, Receipt], signed: Mapping[str, Receipt], plan: Plan) -> Unit | None:
@@ -154,12 +165,12 @@ def _causal(plan: Plan) -> Iterator[tuple[str, str, str, int | None]]:
     """(worker, what, field, micro-batch) of everything that receipts say, causes before effects."""
     last = len(plan.stages) - 1
     for stage in range(last + 1):
-        for m, replica in enumerate(plan.units):
+        for m, replica in enumerate(plan.units[stage]):
             worker = plan.worker(stage, replica)
             yield worker, "forward", "x", m
             yield worker, "forward", "y", m
     for stage in range(last, -1, -1):
-        for m, replica in enumerate(plan.units):
+        for m, replica in enumerate(plan.units[stage]):
             worker = plan.worker(stage, replica)
             yield worker, "backward", "dy", m
             yield worker, "backward", "dx", m

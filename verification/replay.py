@@ -116,9 +116,9 @@ class Replay:
     def unit(self, run: bytes, step: int, worker: str, micro_batches: Sequence[int]) -> Receipt:
         """What a worker has to say of some micro-batches: of its receipt all but what follows from the others' work."""
         forward_backward(self.crew, step, self.feed.batch(step), micro_batches)
-        group = self.crew.group
-        group.call(worker, "gradients", returns=len(self.crew.layout.owners_for(worker)))
-        (claim,) = group.get([group.call(worker, "claim", run, step)])
+        crew = self.crew
+        crew.call(worker, "gradients", step, returns=len(crew.layout.owners_for(worker)))
+        (claim,) = crew.group.get([crew.call(worker, "claim", run, step)])
         self.crew.gather("drop")
         return decode(Receipt, claim)
 

@@ -5,7 +5,6 @@ backward, as far as they reach, with the weights alone in memory. What it added 
 the whole step.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -23,8 +22,6 @@ from verification.audit import FAILURES, Diverged, Inconclusive, Match, Verdict,
 from verification.replay import Replay
 
 MakeReplay = Callable[[Plan], Replay]
-
-_WORKER = re.compile(r"s(0|[1-9][0-9]{0,6})r(0|[1-9][0-9]{0,6})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +155,8 @@ def audit_unit(
         return Diverged(path=f"{path}/worker", expected=right, actual=printable(worker)), 0
     if not units or max(units) >= program.micro_batches or sorted(set(units)) != units:
         return Diverged(path=f"{path}/units", expected="micro-batches of the step", actual=printable(str(units))), 0
-    plan = Plan(bounds=receipt.bounds, replicas=1, units=(0,) * program.micro_batches)
+    count = len(receipt.bounds) - 1
+    plan = Plan(bounds=receipt.bounds, replicas=(1,) * count, units=((0,) * program.micro_batches,) * count)
     replay, alone = make(plan), plan.worker(stage, 0)
     if index:
         replay.load_weights(segments[index - 1].poststate)
@@ -185,10 +183,11 @@ def audit_unit(
 
 def _stage(receipt: Receipt) -> int | None:
     """The stage that a worker's id tells; None where its plan has no such worker."""
-    match = _WORKER.fullmatch(receipt.worker)
-    if match is None or int(match[1]) >= len(receipt.bounds) - 1 or int(match[2]) >= receipt.replicas:
+    try:
+        stage, replica = Plan.place(receipt.worker)
+    except ValueError:
         return None
-    return int(match[1])
+    return stage if stage < len(receipt.bounds) - 1 and replica < receipt.replicas else None
 
 
 def _contradiction(

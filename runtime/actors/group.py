@@ -1,18 +1,36 @@
-"""A WorkerGroup of Ray actors. Handles are ObjectRefs: arrays go from actor to actor, past the controller."""
+"""A WorkerGroup of Ray actors. Arrays go from actor to actor, past the controller.
+
+Ray notices within milliseconds that a process has ended, but takes long over hosts that vanish and never minds a
+process that stands still. So every worker answers a heartbeat from a thread of its own, and one that does not is
+taken for lost.
+"""
 
 import math
+import os
+import signal
 import socket
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from runtime.groups import Handle, require_version
+from runtime.groups import Handle, ValueLost, WorkersLost, require_version
 from runtime.version import VERSION
 from storage.errors import FailureError, TrueweightError
 
 START_SECONDS = 120.0
+BEAT, SILENCE = 1.0, 5.0
+"""Seconds between heartbeats, and without an answer until a worker is taken for lost."""
+SCAN = 0.25
+"""Seconds between looks at the heartbeats."""
+GET_SECONDS = 600.0
+"""How long results are waited for while every worker's heart beats."""
 
 
 class WorkerActor:
@@ -21,9 +39,9 @@ class WorkerActor:
     def __init__(self) -> None:
         self._worker: object | None = None
 
-    def version(self) -> tuple[str, str]:
-        """(the Trueweight version here, this host's name)."""
-        return VERSION, socket.gethostname()
+    def version(self) -> tuple[str, str, int, str]:
+        """(the Trueweight version here, this host's name, the process, Ray's id of the node)."""
+        return VERSION, socket.gethostname(), os.getpid(), ray.get_runtime_context().get_node_id()
 
     def open(self, config: bytes, executor: str) -> None:
         """Build the worker from its encoded WorkerConfig, with the executor of that name."""
@@ -33,13 +51,44 @@ class WorkerActor:
         self._worker = worker_builder(named(executor))(config)
 
     def call(self, method: str, returns: int | None, *args: Any) -> Any:
-        """The worker's method; with `returns` its tuple of results, which Ray keeps apart."""
+        """The worker's method; with `returns` its tuple of results, which Ray keeps apart. None more at the end.
+
+        That last one is small: it tells that the call is done without moving what it gave.
+        """
         value = getattr(self._worker, method)(*args)
-        return value[0] if returns == 1 else value
+        return (*(value if returns is not None else (value,)), None)
+
+    @ray.method(concurrency_group="heart")
+    def beat(self) -> None:
+        """Here."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reference:
+    """A handle: where the value will be, and what is there once the call is done."""
+
+    value: Any
+    done: Any
+    worker: str
+
+
+@dataclass(kw_only=True)
+class _Member:
+    """An actor, its host and process, and its heartbeat: when it was last asked, and the answer to come."""
+
+    actor: Any
+    host: str = ""
+    pid: int = 0
+    node: str = ""
+    asked: float = 0.0
+    answer: Any = None
 
 
 class RayGroup:
-    """Workers as actors of the cluster that this process is connected to (`runtime.actors.cluster`)."""
+    """Workers as actors of the cluster that this process is connected to (`runtime.actors.cluster`).
+
+    `cpus` are the CPUs that the first workers share out evenly; those that come later ask for as much each.
+    """
 
     def __init__(
         self,
@@ -48,74 +97,227 @@ class RayGroup:
         executor: str = "reference",
         actor: type[WorkerActor] = WorkerActor,
         timeout: float = START_SECONDS,
+        silence: float = SILENCE,
     ) -> None:
         self._cpus = cpus
         self._executor = executor
         self._actor = actor
         self._timeout = timeout
-        self._actors: dict[str, Any] = {}
+        self._silence = silence
+        self._members: dict[str, _Member] = {}
+        self._share = 0.0
+        self._scanned = 0.0
 
     def start(self, configs: Mapping[str, bytes]) -> None:
         """See WorkerGroup. FailureError where an actor runs another version or does not come up in time."""
-        share = cpus_each(self._cpus, len(configs))
-        remote = ray.remote(self._actor).options(num_cpus=share, scheduling_strategy="SPREAD", max_restarts=0)
-        self._actors = {worker: remote.remote() for worker in configs}
-        found = self._wait({worker: actor.version.remote() for worker, actor in self._actors.items()}, share)
-        for worker, (version, host) in found.items():
-            require_version(worker, host, version)
-        opened = {
-            worker: self._actors[worker].open.remote(config, self._executor) for worker, config in configs.items()
-        }
-        self._wait(opened, share)
+        self._share = self._share or cpus_each(self._cpus, len(configs))
+        # Out of order: a heartbeat must not wait for what a call before it waits for.
+        remote: Any = ray.remote
+        options = remote(concurrency_groups={"heart": 1})(self._actor).options(
+            num_cpus=self._share, scheduling_strategy="SPREAD", max_restarts=0, allow_out_of_order_execution=True
+        )
+        fresh = {worker: _Member(actor=options.remote()) for worker in configs}
+        try:
+            found = self._all({worker: member.actor.version.remote() for worker, member in fresh.items()})
+            for worker, (version, host, pid, node) in found.items():
+                require_version(worker, host, version)
+                fresh[worker].host, fresh[worker].pid, fresh[worker].node = host, pid, node
+            self._all({worker: fresh[worker].actor.open.remote(configs[worker], self._executor) for worker in configs})
+        except BaseException:
+            for member in fresh.values():
+                ray.kill(member.actor)
+            raise
+        self._members = self._members | fresh
 
-    def _wait(self, references: dict[str, Any], share: float) -> dict[str, Any]:
+    def _all(self, references: dict[str, Any]) -> dict[str, Any]:
         """The values by worker, within the time limit."""
         ready, late = ray.wait(list(references.values()), num_returns=len(references), timeout=self._timeout)
         if late:
             names = ", ".join(worker for worker, reference in references.items() if reference in late)
             raise FailureError(
-                f"workers {names}: expected to start within {self._timeout:g} s on {share:g} CPUs each, got "
+                f"workers {names}: expected to start within {self._timeout:g} s on {self._share:g} CPUs each, got "
                 f"{len(ready)} of {len(references)} workers; free CPUs (`ray status`) or ask for fewer workers"
             )
-        return dict(zip(references, self.get(list(references.values())), strict=True))
+        values = {}
+        for worker, reference in references.items():
+            try:
+                values[worker] = ray.get(reference)
+            except RayError as error:
+                raise self._translated(worker, error) from error
+        return values
+
+    # ------------------------------------------------------------------------------------------------------- calls
 
     def call(self, worker: str, method: str, *args: Any, returns: int | None = None) -> Any:
-        """See WorkerGroup: ObjectRefs, at once."""
-        task = self._actors[worker].call.options(
-            num_returns=1 if returns is None else returns, name=f"{worker}.{method}"
-        )
-        references = task.remote(method, returns, *args)
-        return (references,) if returns == 1 else references
+        """See WorkerGroup: Handles, at once."""
+        count = 1 if returns is None else returns
+        task = self._members[worker].actor.call.options(num_returns=count + 1, name=f"{worker}.{method}")
+        made = task.remote(method, returns, *(arg.value if isinstance(arg, Reference) else arg for arg in args))
+        *values, done = made if isinstance(made, list) else [made]
+        handles = tuple(Reference(value=value, done=done, worker=worker) for value in values)
+        return handles[0] if returns is None else handles
 
     def share(self, value: Any) -> Handle:
         """See WorkerGroup: the value in Ray's object store."""
-        return ray.put(value)
+        return Reference(value=(reference := ray.put(value)), done=reference, worker="")
 
     def get(self, handles: Sequence[Handle]) -> list[Any]:
-        """See WorkerGroup. A worker's TrueweightError comes out as it was raised; a lost worker as a FailureError."""
-        try:
-            return list(ray.get(list(handles)))
-        except RayTaskError as error:
-            cause = _root_cause(error)
-            if isinstance(cause, TrueweightError):
-                raise cause from None
-            raise FailureError(f"a worker failed: {error}; see the cause above, then resume the run") from error
-        except (RayActorError, GetTimeoutError, RayError) as error:
-            raise FailureError(
-                f"a worker was lost: {str(error).strip().splitlines()[0]}; check its host's memory and logs "
-                f"(`ray list actors`), then resume the run"
-            ) from error
+        """See WorkerGroup. A worker's TrueweightError comes out as it was raised."""
+        pending = list(range(len(handles)))
+        deadline = time.monotonic() + GET_SECONDS
+        while pending:
+            finished = self.wait([handles[number] for number in pending], self._silence)
+            for _, error in finished:
+                if error is not None:
+                    raise error
+            if not finished and time.monotonic() > deadline:
+                late = sorted({handles[number].worker for number in pending})
+                raise WorkersLost(dict.fromkeys(late, f"no result in {GET_SECONDS:.0f} s"))
+            ready = {number for number, _ in finished}
+            pending = [number for at, number in enumerate(pending) if at not in ready]
+        values = []
+        for handle in handles:
+            try:
+                values.append(ray.get(handle.value, timeout=GET_SECONDS))
+            except (RayError, GetTimeoutError) as error:
+                raise self._translated(handle.worker, error) from error
+        return values
 
-    def stop(self) -> None:
-        """See WorkerGroup."""
-        actors, self._actors = self._actors, {}
-        for actor in actors.values():
-            ray.kill(actor)
+    def wait(self, handles: Sequence[Handle], timeout: float) -> list[tuple[int, FailureError | None]]:
+        """See WorkerGroup; heartbeats are looked at meanwhile."""
+        deadline = time.monotonic() + timeout
+        numbers: dict[Any, list[int]] = {}
+        for number, handle in enumerate(handles):
+            numbers.setdefault(handle.done, []).append(number)
+        while True:
+            self._listen()
+            left = deadline - time.monotonic()
+            pause = max(min(SCAN, left), 0.0)
+            if not numbers:
+                time.sleep(pause)
+            elif ray.wait(list(numbers), num_returns=1, timeout=pause)[0]:
+                ready, _ = ray.wait(list(numbers), num_returns=len(numbers), timeout=0)
+                return [(number, self._error(handles[number])) for one in ready for number in numbers[one]]
+            if left <= 0:
+                return []
+
+    def _error(self, handle: Reference) -> FailureError | None:
+        """What a call that is done raised."""
+        if not handle.worker:
+            return None
+        try:
+            ray.get(handle.done, timeout=self._silence)
+        except (RayError, GetTimeoutError) as error:
+            return self._translated(handle.worker, error)
+        return None
+
+    def _translated(self, worker: str, error: Exception) -> FailureError:
+        """What a call's error means to whoever made the call."""
+        cause = _root_cause(error)
+        if isinstance(cause, FailureError):
+            return cause
+        if isinstance(cause, TrueweightError):
+            return FailureError(str(cause))
+        if isinstance(cause, RayActorError) and cause is error and self._is_of(worker, cause):
+            return WorkersLost({worker: _first_line(cause)})
+        if isinstance(cause, RayActorError | ObjectLostError | GetTimeoutError):
+            return ValueLost(f"a value between workers is gone ({worker}: {_first_line(cause)}); resume the run")
+        return FailureError(f"worker {worker} failed: {error}; see the cause above, then resume the run")
+
+    def _is_of(self, worker: str, error: RayActorError) -> bool:
+        """Whether the actor that died is the worker, and not one whose result it was to take."""
+        member = self._members.get(worker)
+        told = getattr(error, "actor_id", None)
+        return member is None or told in (None, member.actor._actor_id.hex())
+
+    # ------------------------------------------------------------------------------------------------------- hearts
+
+    def _listen(self) -> None:
+        """Ask who is there and hear who answers; WorkersLost naming all that do not."""
+        now = time.monotonic()
+        if now - self._scanned < SCAN:
+            return
+        late, self._scanned = now - self._scanned > self._silence, now  # nobody listened: not the workers' fault
+        lost: dict[str, str] = {}
+        for worker, member in list(self._members.items()):
+            if member.answer is None:
+                if now - member.asked >= BEAT:
+                    member.asked, member.answer = now, member.actor.beat.remote()
+                continue
+            if ray.wait([member.answer], timeout=0)[0]:
+                try:
+                    ray.get(member.answer)
+                except RayError as error:
+                    lost[worker] = _first_line(error)
+                member.answer = None
+            elif late:
+                member.asked = now
+            elif now - member.asked > self._silence:
+                lost[worker] = f"no heartbeat from host {member.host} in {self._silence:g} s"
+        if lost:
+            raise WorkersLost(lost)
+
+    def stop(self, workers: Sequence[str] | None = None) -> None:
+        """See WorkerGroup. A process that stands still is ended by its host."""
+        names = list(self._members) if workers is None else [name for name in workers if name in self._members]
+        members = [self._members[name] for name in names]
+        self._members = {name: member for name, member in self._members.items() if name not in names}
+        for member in members:
+            with suppress(RayError, ValueError):
+                ray.kill(member.actor)
+            if workers is not None:
+                with suppress(RayError, ValueError):
+                    _end_process(member)
+
+    def processes(self) -> dict[str, int]:
+        """The process of each worker on its host."""
+        return {worker: member.pid for worker, member in self._members.items()}
+
+    # -------------------------------------------------------------------------------------------------- membership
+
+    def room(self) -> int:
+        """See Membership: by the CPUs that nobody has."""
+        free: dict[str, float] = ray.available_resources()
+        return int(free.get("CPU", 0.0) / self._share + 1e-6) if self._share else 0
+
+    def leaving(self) -> Mapping[str, str]:
+        """See Membership: the workers on nodes that Ray is draining (`ray drain-node`, a spot instance's notice)."""
+        draining = set(_draining())
+        return {
+            worker: f"host {member.host} is leaving"
+            for worker, member in self._members.items()
+            if member.node in draining
+        }
+
+
+def _draining() -> Iterable[str]:
+    from ray._private.state import state
+
+    with suppress(AttributeError):
+        return list(state.get_draining_nodes())
+    return []
+
+
+def _end_process(member: _Member) -> None:
+    """Have the host of a lost worker end its process, should it be there still."""
+    where = NodeAffinitySchedulingStrategy(node_id=member.node, soft=False)
+    ray.remote(_kill).options(num_cpus=0, scheduling_strategy=where, max_retries=0).remote(member.pid)
+
+
+def _kill(pid: int) -> None:
+    """End a Ray worker's process, if that is what it is."""
+    with suppress(OSError):
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
+            os.kill(pid, signal.SIGKILL)
 
 
 def cpus_each(cpus: float, workers: int) -> float:
     """What each actor asks for: one CPU, or its share of the cluster's where there are more workers than CPUs."""
     return min(1.0, math.floor(cpus / workers * 10_000) / 10_000)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -25,7 +25,7 @@ def test_stages_cover_all_blocks_evenly_and_in_order(
     assert [block for stage in plan.stages for block in stage] == list(range(blocks))
     sizes = [len(stage) for stage in plan.stages]
     assert max(sizes) - min(sizes) <= 1
-    counts = [plan.units.count(replica) for replica in range(replicas)]
+    counts = [plan.units[-1].count(replica) for replica in range(replicas)]
     assert sum(counts) == micro_batches
     assert max(counts) - min(counts) <= 1
     assert decode(Plan, encode(plan)) == plan
@@ -33,8 +33,8 @@ def test_stages_cover_all_blocks_evenly_and_in_order(
 
 
 def test_shares_spread_micro_batches() -> None:
-    assert make_plan(blocks=1, replicas=2, micro_batches=8, shares=(3, 1)).units == (0, 0, 1, 0, 0, 0, 1, 0)
-    assert make_plan(blocks=1, replicas=2, micro_batches=3, shares=(0, 1)).units == (1, 1, 1)
+    assert make_plan(blocks=1, replicas=2, micro_batches=8, shares=(3, 1)).units == ((0, 0, 1, 0, 0, 0, 1, 0),)
+    assert make_plan(blocks=1, replicas=2, micro_batches=3, shares=(0, 1)).units == ((1, 1, 1),)
 
 
 @pytest.mark.parametrize("shares", [(1,), (1, 2, 3), (0, 0), (-1, 2)])
@@ -78,13 +78,17 @@ def test_every_chunk_has_one_owner_in_the_first_stage_that_holds_it(layout: Layo
         held = {chunk for tensor in layout.holds(worker) for chunk in layout.chunks(tensor)}
         received = [c for owner in layout.owners_for(worker) for c in layout.shared(owner, worker)]
         assert sorted(received) == sorted(held)
-        assert all(worker in layout.holders_of(owner) for owner in layout.owners_for(worker))
+        assert all(worker in (owner, *layout.holders_of(owner)) for owner in layout.owners_for(worker))
+        givers = [owner for owner in layout.plan.workers if worker in layout.holders_of(owner)]
+        slots = {c for owner in givers for key, c in layout.parts(owner, worker, ("weight", "m")) if key == "m"}
+        mine = {chunk for tensor in layout.homed(worker) for chunk in layout.chunks(tensor)}
+        assert slots == mine - set(layout.owned(worker))
 
 
 @given(layouts())
 def test_owners_are_balanced_to_within_a_chunk(layout: Layout) -> None:
     for stage in range(len(layout.held)):
-        workers = [layout.plan.worker(stage, replica) for replica in range(layout.plan.replicas)]
+        workers = layout.plan.team(stage)
         loads = [sum(layout.length(chunk) for chunk in layout.owned(worker)) for worker in workers]
         assert max(loads) - min(loads) <= CHUNK
 

@@ -1,4 +1,5 @@
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 
 from runtime.actors.cluster import Cluster, joined, require_listener
 from runtime.actors.group import RayGroup, WorkerActor, cpus_each
+from runtime.controller import Changed, Elastic, Event, Stepped
 from runtime.segments import History
 from runtime.testing import check_worker_group, plan_for, tiny_job, tiny_program, train
 from storage.errors import FailureError, UsageError
@@ -85,10 +87,50 @@ def test_a_workers_error_comes_out_as_it_was(cluster: Cluster) -> None:
 def test_a_lost_worker_is_a_failure_and_the_run_can_go_on(cluster: Cluster) -> None:
     store = memory_store()
     job = tiny_job(store)
-    with pytest.raises(FailureError, match="a worker was lost"):
+    with pytest.raises(FailureError, match=r"worker s0r\d was lost"):
         train(store, job, group=RayGroup(cpus=cluster.cpus, actor=DyingActor), plan=plan_for(job, replicas=2))
     other = memory_store()
     assert train(store, job) == train(other, tiny_job(other))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_an_elastic_run_goes_on_without_a_process(cluster: Cluster, how: signal.Signals) -> None:
+    store = memory_store()
+    job = tiny_job(store)
+    group = RayGroup(cpus=cluster.cpus, silence=3.0)
+    told: list[str] = []
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Stepped) and event.record.step == 1:
+            os.kill(group.processes()["s0r1"], how)
+        if isinstance(event, Changed):
+            told.append(event.what)
+
+    plan = plan_for(job, replicas=2)
+    ended = train(store, job, group=group, plan=plan, elastic=Elastic(membership=group), watch=watch)
+    other = memory_store()
+    assert ended == train(other, tiny_job(other))
+    assert told[0].startswith("lost s0r1: ")
+    assert History.open(store, "tiny").steps()[2].events[0] == told[0]
+
+
+def test_an_elastic_run_that_loses_a_stage_goes_back_to_its_checkpoint(cluster: Cluster) -> None:
+    store = memory_store()
+    job = tiny_job(store)
+    group = RayGroup(cpus=cluster.cpus)
+    killed = []
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Stepped) and event.record.step == 3 and not killed:
+            killed.append(group.processes()["s1r0"])
+            os.kill(killed[0], signal.SIGKILL)
+
+    ended = train(store, job, group=group, plan=plan_for(job, stages=2), elastic=Elastic(membership=group), watch=watch)
+    other = memory_store()
+    assert ended == train(other, tiny_job(other))
+    assert any(
+        "back to the last checkpoint" in e for record in History.open(store, "tiny").steps() for e in record.events
+    )
 
 
 def test_workers_that_find_no_cpu_are_not_waited_for_for_ever(cluster: Cluster) -> None:

@@ -326,7 +326,7 @@ def test_random_faults_are_of_the_run_and_read_back() -> None:
     program = TrainingProgram.decode(tiny_program())
     kinds = set()
     for seed in range(300):
-        plan = Plan(bounds=(0, 2, 4), replicas=2, units=(0, 1, 0, 1))
+        plan = Plan(bounds=(0, 2, 4), replicas=(2, 2), units=((0, 1, 0, 1),) * 2)
         fault = random_fault(program, plan, first=0, stop=5, seed=seed)
         check_fault(fault, program, plan, 5)
         assert parse_fault(str(fault)) == dataclasses.replace(
@@ -354,7 +354,7 @@ def test_random_faults_are_of_the_run_and_read_back() -> None:
 )
 def test_faults_that_there_cannot_be_are_refused(text: str, said: str) -> None:
     program = TrainingProgram.decode(tiny_program())
-    plan = Plan(bounds=(0, 2, 4), replicas=2, units=(0, 1, 0, 1))
+    plan = Plan(bounds=(0, 2, 4), replicas=(2, 2), units=((0, 1, 0, 1),) * 2)
     with pytest.raises(UsageError) as error:
         check_fault(parse_fault(text), program, plan, 5)
     assert said in str(error.value)
@@ -380,10 +380,11 @@ def test_receipts_that_agree_on_no_plan_name_nobody(case: Case) -> None:
     for changed, said in (
         ([], "no receipts"),
         (receipts[:-1], "not one a worker"),
-        ([dataclasses.replace(receipts[0], replicas=1), *receipts[1:]], "different plans"),
+        ([dataclasses.replace(receipts[0], replicas=1), *receipts[1:]], "not one a worker"),
+        ([dataclasses.replace(receipts[0], bounds=(0, 1, 4)), *receipts[1:]], "different plans"),
         ([dataclasses.replace(r, bounds=(0, 9)) for r in receipts], "plan that there cannot be"),
         ([dataclasses.replace(r, bounds=()) for r in receipts], "plan that there cannot be"),
-        ([dataclasses.replace(r, replicas=2**32 - 1) for r in receipts], "plan that there cannot be"),
+        ([dataclasses.replace(r, replicas=2**32 - 1) for r in receipts], "not one a worker"),
         ([dataclasses.replace(receipts[0], units=()), *receipts[1:]], "nobody signed for micro-batch 0"),
         ([dataclasses.replace(receipts[0], units=receipts[1].units), *receipts[1:]], "claimed twice"),
     ):

@@ -1,0 +1,272 @@
+"""Workers that are lost, come and leave, in this process: whatever happens at whichever call, the bytes are the same."""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.controller import Assembled, Changed, Controller, Elastic, Ended, Event, Stepped
+from runtime.executors import reference
+from runtime.groups import Handle, LocalGroup, ValueLost, WorkersLost
+from runtime.segments import History
+from runtime.testing import local_group, plan_for, tiny_job, train
+from runtime.worker import StageWorker, worker_builder
+from storage.codec import decode, encode
+from storage.errors import FailureError
+from storage.records import Receipt, facts_free
+from storage.store import Store, memory_store
+
+FAST = {"patience": 2.0}
+
+
+class LossyGroup(LocalGroup):
+    """Workers in this process, some of which are lost at a call: at once, or found out when their results are due.
+
+    `lose` gives the workers that go with the call of that number. It is its own Membership.
+    """
+
+    def __init__(
+        self,
+        lose: Mapping[int, Sequence[str]] | None = None,
+        *,
+        places: int = 4,
+        late: bool = False,
+        values: Sequence[int] = (),
+        kind: type[StageWorker] = StageWorker,
+    ) -> None:
+        super().__init__(worker_builder(reference, kind))
+        self.lose, self.places, self.late, self.values = dict(lose or {}), places, late, set(values)
+        self.calls = 0
+        self.dead: dict[str, str] = {}
+        self.going: dict[str, str] = {}
+        self.gone_values = 0
+
+    def call(self, worker: str, method: str, *args: Any, returns: int | None = None) -> Any:
+        self.calls += 1
+        for victim in self.lose.pop(self.calls, ()):
+            if victim in self._workers:
+                self.dead[victim] = "it was made to"
+        if not self.late:
+            self._find_out()
+        if worker in self.dead or any(isinstance(arg, Lost) for arg in args):
+            return Unmade() if returns is None else (Unmade(),) * returns
+        value = super().call(worker, method, *args, returns=returns)
+        if self.calls in self.values and method in ("forward", "last", "backward"):
+            self.gone_values += 1
+            return Lost() if returns is None else (*value[:-1], Lost())
+        return value
+
+    def get(self, handles: Sequence[Handle]) -> list[Any]:
+        self._find_out()
+        if any(isinstance(handle, Lost) for handle in handles):
+            raise ValueLost("a value is gone")
+        return super().get(handles)
+
+    def wait(self, handles: Sequence[Handle], timeout: float) -> list[tuple[int, FailureError | None]]:
+        self._find_out()
+        return [(n, ValueLost("gone") if isinstance(handle, Unmade) else None) for n, handle in enumerate(handles)]
+
+    def _find_out(self) -> None:
+        if found := {worker: why for worker, why in self.dead.items() if worker in self._workers}:
+            raise WorkersLost(found)
+
+    def stop(self, workers: Sequence[str] | None = None) -> None:
+        super().stop(workers)
+        self.dead = {} if workers is None else self.dead
+
+    def room(self) -> int:
+        return max(self.places - len(self._workers), 0)
+
+    def leaving(self) -> Mapping[str, str]:
+        return {worker: why for worker, why in self.going.items() if worker in self._workers}
+
+
+class Lost:
+    """What is left of a value that went with its host."""
+
+
+class Unmade(Lost):
+    """What comes of a call that could not be made."""
+
+
+@pytest.fixture(scope="module")
+def honest() -> tuple[Ended, list[bytes]]:
+    """The tiny job on one worker: what every other crew must equal."""
+    store = memory_store()
+    ended = train(store, tiny_job(store))
+    return ended, facts(store)
+
+
+def facts(store: Store) -> list[bytes]:
+    return [encode(facts_free(record)) for record in History.open(store, "tiny").steps()]
+
+
+def elastic(
+    group: LossyGroup,
+    *,
+    stages: int = 1,
+    replicas: int = 2,
+    grow: bool = False,
+    keys: str = "",
+    between: Any = None,
+    fixed: bool = False,
+) -> tuple[Ended, Store, list[Event]]:
+    """The tiny job on workers that may change."""
+    store = memory_store()
+    job = tiny_job(store)
+    seen: list[Event] = []
+
+    def observe(event: Event) -> None:
+        seen.append(event)
+        if between:
+            between(event)
+
+    ended = Controller(
+        store=store,
+        job=job,
+        group=group,
+        plan=plan_for(job, stages=stages, replicas=replicas),
+        elastic=Elastic(membership=group, grow=grow, fixed=fixed, patience=2.0),
+        keys=keys,
+        observe=observe,
+    ).run()
+    return ended, store, seen
+
+
+def calls_of(**plan: int) -> int:
+    """How many calls an undisturbed run makes."""
+    group = LossyGroup(places=0)
+    elastic(group, **plan)
+    return group.calls
+
+
+SHAPES = ({"stages": 1, "replicas": 3}, {"stages": 2, "replicas": 2}, {"stages": 3, "replicas": 2})
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "when due"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["1x3", "2x2", "3x2"])
+def test_a_worker_lost_at_any_call_changes_no_bit(
+    honest: tuple[Ended, list[bytes]], shape: dict[str, int], late: bool
+) -> None:
+    draw = random.Random(f"{shape} {late}")
+    for number in sorted(draw.sample(range(1, calls_of(**shape)), 3)):
+        victim = f"s{draw.randrange(shape['stages'])}r{draw.randrange(shape['replicas'])}"
+        group = LossyGroup({number: [victim]}, late=late, places=shape["stages"] * shape["replicas"])
+        ended, store, seen = elastic(group, **shape)
+        assert ended == honest[0], f"{victim} lost at call {number}"
+        assert facts(store) == honest[1]
+        assert any(isinstance(event, Changed | Assembled) and victim in str(event) for event in seen)
+
+
+def test_values_that_go_with_a_host_are_made_again(honest: tuple[Ended, list[bytes]]) -> None:
+    for seed in range(4):
+        numbers = random.Random(seed).sample(range(20, 400), 40)
+        group = LossyGroup(values=numbers)
+        ended, store, _ = elastic(group, stages=3, replicas=1)
+        assert (ended, facts(store)) == honest
+        assert group.gone_values > 3
+
+
+def test_all_replicas_of_a_stage_lost_is_back_to_the_last_checkpoint(honest: tuple[Ended, list[bytes]]) -> None:
+    group = LossyGroup({260: ["s1r0", "s1r1"]}, places=4)
+    ended, store, seen = elastic(group, stages=2, replicas=2)
+    assert (ended, facts(store)) == honest
+    steps = [event.record.step for event in seen if isinstance(event, Stepped)]
+    assert len(steps) > 5
+    assert sorted(set(steps)) == list(range(5))
+    told = [event for record in History.open(store, "tiny").steps() for event in record.events]
+    assert any(event.startswith("back to the last checkpoint: stage 1") for event in told)
+
+
+def test_without_room_a_lost_stage_is_an_error_and_the_run_can_go_on(honest: tuple[Ended, list[bytes]]) -> None:
+    group = LossyGroup({250: ["s0r0"]}, places=0)
+    store = memory_store()
+    job = tiny_job(store)
+    plan = plan_for(job, stages=2)
+    short = Elastic(membership=group, patience=0.1)
+    with pytest.raises(FailureError, match="stage 0: every replica was lost"):
+        Controller(store=store, job=job, group=group, plan=plan, elastic=short).run()
+    assert train(store, job) == honest[0]
+
+
+def test_lost_workers_are_replaced_and_hosts_that_join_are_used(
+    honest: tuple[Ended, list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.roster.LOOK_SECONDS", 0.0)
+    group = LossyGroup({30: ["s0r1"]}, places=3)
+
+    def slowly(event: Event) -> None:
+        if isinstance(event, Stepped):
+            settle(group)
+
+    ended, store, seen = elastic(group, replicas=2, grow=True, between=slowly)
+    assert (ended, facts(store)) == honest
+    told = [event.what for event in seen if isinstance(event, Changed)]
+    assert told[0] == "lost s0r1: it was made to"
+    assert told.count("joined s0r1") == 1
+    assert "joined s0r2" in told
+
+
+def settle(group: LossyGroup) -> None:
+    """Give a worker that is being started the time to come up."""
+    import time
+
+    time.sleep(0.3)
+
+
+def test_a_host_that_leaves_is_let_go_between_steps(
+    honest: tuple[Ended, list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.roster.LOOK_SECONDS", 0.0)
+    group = LossyGroup(places=0)
+
+    def leave(event: Event) -> None:
+        if isinstance(event, Stepped) and event.record.step == 1:
+            group.going = {"s0r0": "host a is leaving", "s1r0": "host a is leaving", "s1r1": "host b is leaving"}
+
+    ended, store, seen = elastic(group, stages=2, replicas=2, between=leave)
+    assert (ended, facts(store)) == honest
+    told = [event.what for event in seen if isinstance(event, Changed)]
+    assert told == ["left s0r0: host a is leaving", "left s1r1: host b is leaving"]  # a stage keeps its last one
+    assert History.open(store, "tiny").steps()[2].events == tuple(told)
+
+
+def test_receipts_of_a_disturbed_step_cover_every_unit_once(tmp_path: Any) -> None:
+    group = LossyGroup({90: ["s1r1"]}, places=0)
+    _, store, _ = elastic(group, stages=2, replicas=2, keys=str(tmp_path))
+    history = History.open(store, "tiny")
+    items = [item for segment in history.segments() for item in history.items(segment.receipts_object)]
+    for step in range(5):
+        mine = [receipt for receipt in (decode(Receipt, item) for item in items) if receipt.step == step]
+        for stage in "01":
+            team = [receipt for receipt in mine if receipt.worker[1] == stage]
+            assert sorted(unit.micro_batch for receipt in team for unit in receipt.units) == [0, 1, 2, 3]
+            assert {receipt.replicas for receipt in team} == {len(team)}
+
+
+class Unsound(StageWorker):
+    """Gives a joiner other bytes than the state has."""
+
+    def give(self, key: str, tensor: int) -> np.ndarray:
+        array = super().give(key, tensor).copy()
+        array[0] += 1
+        return array
+
+
+def test_state_from_a_peer_is_verified(honest: tuple[Ended, list[bytes]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.roster.LOOK_SECONDS", 0.0)
+    group = LossyGroup(places=2, kind=Unsound)
+    ended, store, seen = elastic(group, replicas=1, grow=True, between=lambda _: settle(group))
+    assert (ended, facts(store)) == honest
+    assert not any("joined" in event.what for event in seen if isinstance(event, Changed))
+    assert len([event for event in seen if isinstance(event, Assembled)]) == 1
+
+
+def test_workers_that_may_not_change_end_the_run() -> None:
+    store = memory_store()
+    job = tiny_job(store)
+    with pytest.raises(WorkersLost, match="worker s0r1 was lost"):
+        Controller(store=store, job=job, group=LossyGroup({40: ["s0r1"]}), plan=plan_for(job, replicas=2)).run()
+    assert train(store, job, group=local_group()).status == "finished"
