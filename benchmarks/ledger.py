@@ -2,6 +2,8 @@
 
 Episodes of random calls, each with a ledger of its own; `benchmarks/lockstep.py` says what is compared. The first
 difference ends the benchmark with an error. Every function has to have been reached, and every error.
+
+`--foreign` settles a run on an anvil of slow blocks instead, as on somebody's node; a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
 
+from benchmarks import foreign
 from benchmarks.harness import Goal, Row, main
 from benchmarks.lockstep import ERRORS, Lockstep
 from ledger.purse import FUNCTIONS
@@ -58,11 +61,16 @@ def drive(steps: int, seed: int) -> Tally:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     parser.add_argument("--steps", type=int, default=10_000, help="calls to make, at least")
+    parser.add_argument("--foreign", action="store_true", help="settle a run on a node of slow blocks instead")
+    parser.add_argument("--block-time", type=int, default=12, help="seconds between its blocks")
     parser.add_argument("--seed", type=int, default=1, help="a seed gives the same calls")
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     """Steps and their rate, what was reached how often, gas of the calls that were not refused."""
+    if arguments.foreign:
+        yield from measure_foreign(arguments.block_time)
+        return
     if arguments.steps < 1:
         raise UsageError(f"--steps {arguments.steps}: expected at least 1; choose e.g. 10000")
     tally = drive(arguments.steps, arguments.seed)
@@ -78,6 +86,18 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     yield Row(
         name="functions and errors not reached", value=len(tally.missing), unit="", goal=Goal(relation="==", limit=0)
     )
+
+
+def measure_foreign(block_time: int) -> Iterator[Row]:
+    """How long a settlement takes on a node of somebody's that is stopped in the middle, and whether it ends."""
+    if block_time < 1:
+        raise UsageError(f"--block-time {block_time}: expected at least 1; choose e.g. 12")
+    found = foreign.settle(block_time=block_time)
+    yield Row(name="settlement", value=found.seconds, unit="s")
+    yield Row(name="blocks", value=found.blocks, unit="")
+    yield Row(name="transactions", value=found.transactions, unit="")
+    yield Row(name="segments final", value=found.final, unit="", goal=Goal(relation="==", limit=found.segments))
+    yield Row(name="run closed", value=float(found.status == "closed"), unit="", goal=Goal(relation="==", limit=1))
 
 
 if __name__ == "__main__":

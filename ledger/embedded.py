@@ -115,8 +115,8 @@ class EmbeddedChain(EthereumTester):  # type: ignore[misc]
                 if number == len(lines) - 1 and isinstance(error, ValueError):
                     return
                 raise FailureError(
-                    f"{self._path}: line {number + 1} cannot be done again ({error}); the chain is lost, make another "
-                    f"with `trueweight ledger up --fresh`"
+                    f"{self._path}: line {number + 1} cannot be done again ({error}); the chain is lost: move that "
+                    f"file away, and `trueweight ledger up` makes another"
                 ) from error
 
     def _note(self, entry: dict[str, Any]) -> None:

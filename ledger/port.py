@@ -174,6 +174,9 @@ class Ledger(Protocol):
     def send(self, sender: Account, function: str, *args: Any, value: int = 0) -> tuple[Event, ...]:
         """Make a call that changes something and wait until it is settled; its events. Refused where it is refused."""
 
+    def approve(self, sender: Account, token: Account, amount: int) -> None:
+        """Let the ledger take so much of an ERC-20 of the sender's, as `deposit` does; UsageError where it has less."""
+
     def read(self, function: str, *args: Any) -> Any:
         """The answer of a view."""
 

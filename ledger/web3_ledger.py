@@ -19,7 +19,14 @@ from eth_account.signers.local import LocalAccount
 from eth_utils.abi import function_signature_to_4byte_selector
 from eth_utils.address import to_checksum_address
 from web3 import EthereumTesterProvider, HTTPProvider, Web3
-from web3.exceptions import ContractCustomError, ContractLogicError, TransactionNotFound, Web3Exception, Web3RPCError
+from web3.exceptions import (
+    BadFunctionCallOutput,
+    ContractCustomError,
+    ContractLogicError,
+    TransactionNotFound,
+    Web3Exception,
+    Web3RPCError,
+)
 from web3.logs import DISCARD
 
 from ledger.embedded import EmbeddedChain, Reverted
@@ -28,6 +35,21 @@ from storage.errors import FailureError, UsageError
 
 STRUCTS: dict[str, Callable[..., Any]] = {"Run": Run, "Segment": Segment, "Commitment": Commitment, "Leaf": Leaf}
 ENUMS: dict[str, Callable[[int], Any]] = {"Status": Status, "Role": Role, "Outcome": Outcome, "Tree": Tree}
+ERC20 = [
+    {
+        "type": "function",
+        "name": name,
+        "stateMutability": "view" if answer else "nonpayable",
+        "inputs": [{"name": f"input{n}", "type": kind} for n, kind in enumerate(inputs)],
+        "outputs": [{"name": "", "type": kind} for kind in answer],
+    }
+    for name, inputs, answer in (
+        ("balanceOf", ["address"], ["uint256"]),
+        ("allowance", ["address", "address"], ["uint256"]),
+        ("approve", ["address", "uint256"], []),
+    )
+]
+"""What is asked of a token; some return nothing from `approve`, and some have no `allowance`."""
 LOGS_AT_ONCE = 5_000
 """Blocks of one request for events; nodes refuse long ranges."""
 
@@ -101,10 +123,20 @@ class Node:
         """The chain's number."""
         return int(self.ask(lambda: self.w3.eth.chain_id))
 
+    def has_code(self, address: Account) -> bool:
+        """Whether there is a contract at an address."""
+        return bool(self.ask(lambda: self.w3.eth.get_code(to_checksum_address(address))))
+
+    def coins(self, account: Account) -> int:
+        """How much of the chain's own currency an account has."""
+        return int(self.ask(lambda: self.w3.eth.get_balance(to_checksum_address(account))))
+
     def wait(self, until: int) -> None:
         """See Ledger."""
-        if self._forward is not None:
-            self._forward(until)
+        if (forward := self._forward) is not None:
+            self.ask(lambda: forward(until))
+            if (now := self.now()[1]) < until:
+                raise FailureError(f"the node's clock: expected {until} or later, got {now}; see the node's log")
             return
         told = False
         while (left := until - self.now()[1]) > 0:
@@ -119,6 +151,11 @@ class Node:
         transaction = {k: to_checksum_address(v) if k == "to" else v for k, v in transaction.items()}
         call: Any = {**transaction, "from": to_checksum_address(sender)}
         self._clear(account.address)
+        if (have := self.coins(sender)) <= transaction["value"]:
+            raise UsageError(
+                f"{what}: expected more than {transaction['value']} of the chain's own currency at {sender}, for gas "
+                f"too, got {have}; send it some"
+            )
         gas = self.ask(lambda: self.w3.eth.estimate_gas(call))
         if self.dry_run:
             raise DryRun(f"dry run: {what} would take {gas:,} gas; nothing was sent, and later calls depend on it")
@@ -201,6 +238,8 @@ class Node:
                 return question()
             except (ContractCustomError, ContractLogicError, TransactionNotFound):
                 raise
+            except BadFunctionCallOutput as error:
+                raise FailureError(f"the contract's answer cannot be read ({error}); check its address") from error
             except Web3RPCError as error:
                 raise FailureError(f"the node answered {error.message}; see its log") from error
             except (OSError, Web3Exception) as error:  # requests' errors are OSErrors
@@ -233,6 +272,29 @@ class Web3Ledger:
         with _Refusals(self._errors, what):
             receipt = self.node.transact(sender, what, transaction)
         return tuple(self._decoded(receipt["logs"]))
+
+    def approve(self, sender: Account, token: Account, amount: int) -> None:
+        """See Ledger."""
+        if not self.node.has_code(token):
+            raise UsageError(f"token {token}: expected an ERC-20 on this chain, got no contract; correct its address")
+        coin: Any = self.node.w3.eth.contract(to_checksum_address(token), abi=ERC20)
+        owner, spender = to_checksum_address(sender), to_checksum_address(self.address)
+        if (have := int(self.node.ask(coin.functions.balanceOf(owner).call))) < amount:
+            raise UsageError(f"account {sender}: expected {amount} of token {token}, got {have}; send it the rest")
+        given = self._allowance(coin, owner, spender)
+        if given >= amount:
+            return
+        for allowed in [0, amount] if given else [amount]:  # some tokens go from one allowance to another only by 0
+            what = f"approve of {allowed} of token {token} by {sender}"
+            with _Refusals(self._errors, what):
+                data = coin.encode_abi("approve", [spender, allowed])
+                self.node.transact(sender, what, {"to": token, "data": data, "value": 0})
+
+    def _allowance(self, coin: Any, owner: Any, spender: Any) -> int:
+        try:
+            return int(self.node.ask(coin.functions.allowance(owner, spender).call))
+        except (Reverted, ContractLogicError, FailureError):
+            return 0
 
     def read(self, function: str, *args: Any) -> Any:
         """See Ledger."""
@@ -315,12 +377,20 @@ def http_node(url: str, wallet: Wallet, *, fast: bool = False, **settings: Any) 
     w3 = Web3(HTTPProvider(url, request_kwargs={"timeout": 20}))
 
     def forward(until: int) -> None:
-        behind = until - int(w3.eth.get_block("latest")["timestamp"])
-        if behind > 1:
-            w3.provider.make_request("evm_increaseTime", [behind])  # type: ignore[arg-type]
-        w3.provider.make_request("evm_mine", [])  # type: ignore[arg-type]
+        # To the second: several blocks may share one, so "so many seconds more" than the last would fall short.
+        if until > w3.eth.get_block("latest")["timestamp"]:
+            _ask_anvil(w3, "evm_setNextBlockTimestamp", [until])
+        _ask_anvil(w3, "evm_mine", [])
 
-    return Node(w3, wallet, forward=forward if fast else None, **settings)
+    node = Node(w3, wallet, forward=forward if fast else None, **settings)
+    if fast and (last := node.now()[1]) > time.time():
+        # anvil's clock starts with the host's, and its blocks would be earlier than those it has loaded.
+        node.ask(lambda: _ask_anvil(w3, "evm_setNextBlockTimestamp", [last]))
+    return node
+
+
+def _ask_anvil(w3: Web3, method: str, parameters: list[int]) -> None:
+    w3.manager.request_blocking(method, parameters)  # type: ignore[arg-type]
 
 
 def deploy(node: Node, sender: Account, *, cap: int, unbonding: int) -> tuple[Account, Account, int]:

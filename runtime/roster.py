@@ -56,15 +56,18 @@ class Roster:
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="starter")
         self._coming: tuple[str, int, Future[None]] | None = None
         """A worker that is being started: its name in the group and its stage."""
+        self._gone: dict[str, str] = {}
+        """Lost workers that are members yet, with the reason."""
         self._next_look = 0.0
 
     def lost(self, error: WorkersLost) -> None:
         """Go on without the workers that are lost; StageLost where a stage has none left."""
         crew = self._crew
-        gone = {place: error.lost[name] for place, name in crew.members.items() if name in error.lost}
+        self._gone |= error.lost  # with those whose loss was being dealt with when these were found to be lost too
         crew.group.stop(list(error.lost))
         crew.pace.forget(error.lost)
-        self._drop("lost", gone)
+        self._drop("lost", {place: self._gone[name] for place, name in crew.members.items() if name in self._gone})
+        self._gone = {}
 
     def turn(self) -> None:
         """Between two steps: let go who is leaving, take in who has come, ask for more where there is room."""
@@ -161,7 +164,11 @@ class Roster:
         plan = _with_one_more(crew.plan, stage)
         team = [[crew.members[place] for place in crew.plan.team(s)] for s in range(len(plan.replicas))]
         team[stage].append(name)
-        reshape(crew, plan, dict(zip(plan.workers, [name for names in team for name in names], strict=True)))
+        try:
+            reshape(crew, plan, dict(zip(plan.workers, [name for names in team for name in names], strict=True)))
+        except WorkersLost:
+            crew.group.stop([name])  # whoever it was that was lost, another worker will be asked for
+            raise
         self._note(f"joined {plan.team(stage)[-1]}")
 
 

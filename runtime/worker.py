@@ -146,7 +146,7 @@ class StageWorker:
         self._weights = {tensor: array for tensor, array in self._weights.items() if tensor in held}
         self._slots = {place: array for place, array in self._slots.items() if place[1] in homed}
         self._memory = {tensor: array for tensor, array in self._memory.items() if tensor in held}
-        self._next, self._totals = {}, {}
+        self._totals = {}  # but not `_next`: that step may be committed among others already
         self._renew()
 
     @property

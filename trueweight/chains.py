@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +63,13 @@ def connect(
     contract: str = "",
     confirmations: int = 1,
     dry_run: bool = False,
+    also: Iterable[str] = (),
     tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Connection]:
     """A connection to the embedded chain, to an anvil that ends with it, or to the node at a URL.
 
-    On the first two every role's key is made where it is missing, contracts are deployed and accounts are filled.
+    On the first two every key is made where it is missing, contracts are deployed and accounts are filled. `also` are
+    names of keys beside those of the roles.
     """
     from eth_account import Account as Accounts
 
@@ -78,7 +80,7 @@ def connect(
     folder, own = Path(keys).expanduser(), where in (EMBEDDED, ANVIL)
     if not own and not where.startswith(("http://", "https://")):
         raise UsageError(f"--ledger {where}: expected embedded, anvil or the URL of a node; correct it")
-    found = {role: find_key(role, folder, create=own) for role in ROLES}
+    found = {role: find_key(role, folder, create=own) for role in dict.fromkeys((*ROLES, *also))}
     secrets = {role: secret for role, secret in found.items() if secret is not None}
     accounts = {role: str(Accounts.from_key(secret).address).lower() for role, secret in secrets.items()}
     faucet = {EMBEDDED: FAUCET_KEY, ANVIL: ANVIL_KEY}.get(where)
@@ -86,14 +88,17 @@ def connect(
     with _node(store, where, wallet, confirmations=confirmations, dry_run=dry_run, tell=tell) as node:
         home = ledger_folder(store)
         known = _deployments(home).get(str(node.chain_id()), {}) if home else {}
-        if faucet is not None and not known and not dry_run:
+        if known and faucet is not None and not node.has_code(known["ledger"]):
+            known = {}  # a chain that was thrown away, and begun anew
+        if faucet is not None and not dry_run:
             payer = str(Accounts.from_key(faucet).address).lower()
             for account in accounts.values():
-                tell(f"a gift of {POCKET} to {account}")
-                node.transact(payer, "a gift", {"to": account, "value": POCKET})
-            known = deployment(node, payer, home, tell)
+                if not node.coins(account):
+                    tell(f"a gift of {POCKET} to {account}")
+                    node.transact(payer, "a gift", {"to": account, "value": POCKET})
+            known = known or deployment(node, payer, home, tell)
         if contract:
-            known = {**known, "ledger": contract.lower()}
+            known = {"beacon": known.get("beacon", ""), **_given(node, contract)}
         ledger = Web3Ledger(node, known["ledger"], known.get("block", 0)) if known else None
         yield Connection(
             node=node,
@@ -102,6 +107,32 @@ def connect(
             accounts=accounts,
             secrets={accounts[role]: secret for role, secret in secrets.items()},
         )
+
+
+def _given(node: "Node", contract: str) -> dict[str, Any]:
+    """The deployment that --contract ADDRESS or ADDRESS@BLOCK names; events are looked for from that block on."""
+    found, _, block = contract.partition("@")
+    ledger, first = address(found, "--contract"), number(block or "0", "--contract ADDRESS@BLOCK")
+    if not node.has_code(ledger):
+        raise UsageError(
+            f"--contract {contract}: expected a contract on chain {node.chain_id()}, got none there; correct it, or "
+            f"`trueweight ledger deploy`"
+        )
+    return {"ledger": ledger, "block": first}
+
+
+def number(text: str, option: str) -> int:
+    """A number as it is written here; UsageError naming the option where it is none."""
+    if not re.fullmatch("[0-9]{1,78}", text):
+        raise UsageError(f"{option}: expected a number in decimal digits, got {text!r}; correct it")
+    return int(text)
+
+
+def address(text: str, option: str) -> Account:
+    """An address as it is written here; UsageError naming the option where it is none."""
+    if not re.fullmatch("0x[0-9a-fA-F]{40}", text):
+        raise UsageError(f"{option} {text}: expected 0x and 40 hexadecimal digits; correct it")
+    return text.lower()
 
 
 def ledger_folder(store: Store) -> Path | None:
@@ -154,12 +185,12 @@ def _node(
         finally:
             chain.close()
         return
-    with _anvil(home / "anvil.json") as url:
+    with anvil(home / "anvil.json") as url:
         yield http_node(url, wallet, fast=True, patience=60, dry_run=dry_run, observe=tell)
 
 
 @contextmanager
-def _anvil(state: Path) -> Iterator[str]:
+def anvil(state: Path) -> Iterator[str]:
     """An anvil of our own, whose chain is kept in a file; its URL."""
     program = shutil.which("anvil") or shutil.which("anvil", path="ledger/contracts/node_modules/.bin")
     if program is None:

@@ -21,7 +21,18 @@ from runtime.program import vectors
 from runtime.recipe import load_recipe
 from runtime.segments import FINISHED, History
 from storage.errors import FailureError, TrueweightError, UsageError
-from trueweight import audit_cli, cluster_cli, investigation, lab_cli, ledger_cli, pinpoint_cli, reports, store_cli, wiring
+from trueweight import (
+    audit_cli,
+    cluster_cli,
+    investigation,
+    lab_cli,
+    ledger_cli,
+    pinpoint_cli,
+    placement_cli,
+    reports,
+    store_cli,
+    wiring,
+)
 from trueweight.audit_cli import integers
 from trueweight.console import console_for, print_json, say, teller, writer
 from trueweight.locks import check_lock, read_lock, write_lock
@@ -38,6 +49,7 @@ app = typer.Typer(
 
 app.add_typer(store_cli.app, name="store")
 app.add_typer(cluster_cli.app, name="cluster")
+placement_cli.register(app)
 app.command("audit")(audit_cli.audit_command)
 app.command("pinpoint")(pinpoint_cli.pinpoint_command)
 app.add_typer(pinpoint_cli.evidence_app, name="evidence")

@@ -2,12 +2,11 @@
 
     open -> accept -> begin -> join -> commit -> draw -> seal -> reveal -> unseal -> finalise -> settle, claim -> close
 
-Who plays a part is whose key is here: on an embedded chain everybody, else perhaps only the operator or a verifier.
+Who plays a part is whose key is here: on an embedded chain everybody, else perhaps only the operator or a verifier, or
+a hot key of theirs, which may commit, judge, open and answer, and moves none of their money.
 """
 
-import dataclasses
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -20,8 +19,11 @@ from ledger.secrets import Chain, committed_form, forced, record_seal, shadow, v
 from runtime.program.training import TrainingProgram
 from runtime.segments import History
 from storage.codec import decode, encode
-from storage.errors import UsageError
+from storage.errors import FailureError, UsageError
 from storage.records import Receipt, SegmentRecord
+from trueweight.demands import Demand, Wanted, answer_to, open_demands
+from trueweight.earnings import earned
+from trueweight.parties import Parties
 from verification.audit import Diverged, Inconclusive, audit_segment
 from verification.replay import Replay
 from verification.verdicts import witness
@@ -31,26 +33,6 @@ BATCH = 8
 
 MakeReplay = Callable[[bool], Replay]
 """A replay of the run, traced or not."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parties:
-    """Who plays which part here; `secrets` derives each account's own secrets from its key."""
-
-    submitter: Account
-    operator: Account
-    court: Account
-    verifiers: tuple[Account, ...]
-    workers: tuple[Account, ...]
-    secrets: Mapping[Account, bytes]
-
-    def secret(self, account: Account, *about: bytes) -> bytes:
-        """32 bytes that only the holder of the account's key can make, the same every time."""
-        return sha256(b"trueweight-secret-v1\0" + self.secrets[account] + b"".join(about)).digest()
-
-    def has(self, account: Account) -> bool:
-        """Whether the account's key is here."""
-        return account in self.secrets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +97,16 @@ class Settlement:
     def _do(self, sender: Account, function: str, *args: Any, value: int = 0) -> None:
         self.ledger.send(sender, function, self.terms, *args, value=value)
 
-    def _short(self, account: Account, need: int) -> int:
-        """What has to be sent along so that the account's balance covers `need`."""
-        have = int(self.ledger.read("balance_of", self.terms.token, account))
-        if need > have and self.terms.token != NATIVE:
-            raise UsageError(
-                f"account {account}: expected {need} of token {self.terms.token} on the ledger, got {have}; approve "
-                f"the ledger and deposit the rest with a wallet"
-            )
-        return max(need - have, 0)
+    def _cover(self, account: Account, need: int) -> int:
+        """What has to be sent along so that the account's balance covers `need`; an ERC-20 is deposited beforehand."""
+        token = self.terms.token
+        missing = max(need - int(self.ledger.read("balance_of", token, account)), 0)
+        if token == NATIVE or not missing:
+            return missing
+        self.ledger.approve(account, token, missing)
+        self.ledger.send(account, "deposit", token, missing)
+        self.tell(f"{account} deposited {missing} of token {token}")
+        return 0
 
     # --------------------------------------------------------------------------------------------------------- opening
 
@@ -134,21 +117,28 @@ class Settlement:
             if not parties.has(terms.submitter):
                 raise UsageError(f"run {self.history.name}: not on the ledger; its submitter opens it first")
             need = escrow(terms) + terms.pot
-            self._do(terms.submitter, "open", encode(self.history.run), value=self._short(terms.submitter, need))
+            self._do(terms.submitter, "open", encode(self.history.run), value=self._cover(terms.submitter, need))
             self.tell(f"escrow opened by the submitter: {need} for {terms.segments} segments")
         if self.state.status == Status.OPEN and parties.has(terms.operator):
-            chain = self._chain.end
-            self._do(terms.operator, "accept", chain, value=self._short(terms.operator, terms.operator_bond))
-            self.tell(f"accepted by the operator, bond {terms.operator_bond}")
+            self.accept(self.chain_end)
+        elif self.state.status == Status.OPEN and parties.acts(terms.operator):
+            end = self.chain_end.hex()
+            self.tell(f"its operator's account has to accept the run: trueweight ledger accept RUN --chain {end}")
         while self.state.status == Status.ACTIVE and not self.state.begun:
             self._await_block(self.state.beacon_block)
-            self._do(self._anybody(), "begin")
+            self._do(self.anybody(), "begin")
         for role, accounts, bond in (
             (Role.WORKER, parties.workers, terms.worker_bond),
             (Role.VERIFIER, parties.verifiers, terms.verifier_bond),
         ):
             for account in accounts:
                 self.join(role, account, bond)
+
+    def accept(self, chain: bytes) -> None:
+        """The operator's bond; `chain` is the end of the chain of secrets of the key that will open the segments."""
+        operator, bond = self.terms.operator, self.terms.operator_bond
+        self._do(operator, "accept", chain, value=self._cover(operator, bond))
+        self.tell(f"accepted by the operator, bond {bond}")
 
     def leave(self, role: Role, account: Account, *, wait: bool) -> tuple[int, int]:
         """(what came back of an account's bond, when it can be had); the clock of that is begun where it was not."""
@@ -168,20 +158,35 @@ class Settlement:
         return bond.amount, bond.release_at
 
     def join(self, role: Role, account: Account, bond: int) -> None:
-        """Put an account's bond up, unless it has been."""
-        if not self.parties.has(account) or self.ledger.read("bond_of", self.terms.id, role, account).exists:
+        """Put an account's bond up, unless it has been; an operator's is made whole again."""
+        known = self.ledger.read("bond_of", self.terms.id, role, account)
+        if role == Role.OPERATOR:
+            bond -= known.amount
+        if not self.parties.has(account) or (known.exists and (role != Role.OPERATOR or not bond)):
             return
         seat = self.state.seats if role == Role.VERIFIER else 0
-        self._do(account, "join", role, seat, value=self._short(account, bond))
-        self.tell(f"{role.name.lower()} {account} joined, bond {bond}")
+        self._do(account, "join", role, seat, value=self._cover(account, bond))
+        if role == Role.OPERATOR:
+            self.tell(f"the operator's bond made whole again: {bond} more")
+        else:
+            self.tell(f"{role.name.lower()} {account} joined, bond {bond}")
+
+    @property
+    def chain_end(self) -> bytes:
+        """The end of the chain of secrets of the operator's key that is here, its own or a hot one."""
+        return self._chain.end
 
     @cached_property
     def _chain(self) -> Chain:
         return Chain(self.parties.secret(self.terms.operator, b"chain", self.terms.id))
 
-    def _anybody(self) -> Account:
-        """Somebody whose key is here, for what anybody may do."""
-        return next(iter(self.parties.secrets))
+    def anybody(self) -> Account:
+        """Somebody whose key is here, for what anybody may do; UsageError where there is no key."""
+        for account in self.parties.secrets:
+            return account
+        raise UsageError(
+            "keys: expected one in --keys to send transactions with, got none; `trueweight ledger key ROLE`"
+        )
 
     def _await_block(self, number: int) -> None:
         """Wait until the block is there and another on it."""
@@ -201,13 +206,12 @@ class Settlement:
             if self._condemned(records[first]):
                 self.tell(f"segment {first} was rejected by the court as the store has it; train the run anew")
                 break
-            bond = self.ledger.read("bond_of", self.terms.id, Role.OPERATOR, operator).amount
-            if bond < self.terms.operator_bond:
-                missing = self.terms.operator_bond - bond
-                self._do(operator, "join", Role.OPERATOR, 0, value=self._short(operator, missing))
-                self.tell(f"the operator's bond made whole again: {missing} more")
+            if not self.parties.acts(operator):
+                self.tell(f"segment {first}: its operator has to commit it")
+                break
+            self.join(Role.OPERATOR, operator, self.terms.operator_bond)
             batch = [self._commitment(record) for record in records[first : first + BATCH]]
-            self._do(operator, "commit", batch)
+            self._do(self.parties.key(operator), "commit", batch)
             done += len(batch)
             self.tell(f"segments {first} to {first + len(batch) - 1} committed")
         return done
@@ -267,21 +271,21 @@ class Settlement:
             start = self._start(one)
             if self._verdict(one, account).revealed:
                 continue
-            self.ledger.wait(start + self.terms.window // 2)
+            self._watch(start + self.terms.window // 2)
             if self.ledger.now()[1] >= start + self.terms.window:
                 self.tell(f"segment {one.record.index}: too late for {account} to reveal; its bond pays for it")
                 continue
-            self._do(account, "reveal", one.segment, ok, seen, salt)
+            self._do(self.parties.key(account), "reveal", one.segment, ok, seen, salt)
             self.tell(f"segment {one.record.index}: {account} reveals {'match' if ok else 'diverged'}")
 
     def _draw(self, one: Committed) -> None:
         while not self._segment(one).drawn_at:
             self._await_block((self._segment(one).rearmed or one.segment.block_number) + DELAY)
-            self._do(self._anybody(), "draw", one.segment)
+            self._do(self.anybody(), "draw", one.segment)
 
     def _seal(self, one: Committed) -> list[tuple[Account, bool, bytes, bytes]]:
         """(account, ok, witness, salt) of each verdict that is sealed."""
-        mine = [account for account in self._assigned(one) if self.parties.has(account)]
+        mine = [account for account in self._assigned(one) if self.parties.acts(account)]
         now, start = self.ledger.now()[1], self._start(one)
         if not mine or now >= start + self.terms.window:
             return []
@@ -296,7 +300,7 @@ class Settlement:
             seen, salt = self._witness(one), self.parties.secret(account, b"verdict", one.segment.name)
             sealed = verdict_seal(one.segment.name, account, ok, seen, salt)
             if not any(self._verdict(one, account).mark) and now < start + self.terms.window // 2:
-                self._do(account, "seal", one.segment, sealed)
+                self._do(self.parties.key(account), "seal", one.segment, sealed)
                 self.tell(f"segment {one.record.index}: {account} seals a verdict")
             if any(self._verdict(one, account).mark):
                 found.append((account, ok, seen, salt))
@@ -318,7 +322,10 @@ class Settlement:
         return self.ledger.read("assigned_of", self.terms, one.segment) if self.terms.verifiers else ()
 
     def _outcome(self, one: Committed) -> Outcome:
-        return Outcome(self.ledger.read("outcome_of", self.terms, one.segment))
+        return self._outcome_of(one.segment)
+
+    def _outcome_of(self, segment: Segment) -> Outcome:
+        return Outcome(self.ledger.read("outcome_of", self.terms, segment))
 
     def _start(self, one: Committed) -> int:
         return int(self._segment(one).drawn_at) if self.terms.verifiers else one.segment.time
@@ -332,16 +339,18 @@ class Settlement:
         """
         pending = [one for one in self.committed() if self._outcome(one) == Outcome.PENDING]
         for one in pending:
-            self.ledger.wait(self._closed(one))
+            self._watch(self._closed(one))
             if is_opened(self.terms) and not self._segment(one).opened_at and not self._opening(one):
                 return
         for one in pending:
+            if not self._shown(one):
+                return
             index, state = one.record.index, self._segment(one)
             judged = (state.opened_at or self._closed(one)) + self.terms.dispute
             if state.flags and not state.forced and not state.dismissed and self.ledger.now()[1] < judged:
                 self.tell(f"segment {index}: flagged by {state.flags}; the court {self.terms.court} has to decide")
                 return
-            self._do(self._anybody(), "finalise", one.segment)
+            self._do(self.anybody(), "finalise", one.segment)
             self.tell(f"segment {index} is final")
 
     def _closed(self, one: Committed) -> int:
@@ -350,12 +359,12 @@ class Settlement:
 
     def _opening(self, one: Committed) -> bool:
         """Open a segment; False where that cannot be done. One whose operator let its time go by is lost."""
-        index, mine = one.record.index, self.parties.has(self.terms.operator)
+        index, mine = one.record.index, self.parties.acts(self.terms.operator)
         late = self.ledger.now()[1] >= self._closed(one) + self.terms.answer
         if late and mine:
             self.tell(f"segment {index}: the time to open it is over; anybody else's `trueweight settle` rejects it")
         elif late:
-            self._do(self._anybody(), "forfeit", one.segment)
+            self._do(self.anybody(), "forfeit", one.segment)
             self.tell(f"segment {index} is rejected: its operator did not open it in time")
         elif mine:
             self._unseal(one)
@@ -367,13 +376,84 @@ class Settlement:
         index, attempt = one.record.index, one.segment.attempt
         true = sha256(committed_form(self.history.segments()[index])).digest()
         secret, seen = self._secret(index, self.state), self._witness(one) if self._assigned(one) else bytes(32)
-        self._do(self.terms.operator, "unseal", one.segment, secret, seen, true, self._salt(index, attempt))
+        self._do(
+            self.parties.key(self.terms.operator), "unseal", one.segment, secret, seen, true, self._salt(index, attempt)
+        )
         was = "; it was a forced error" if self._segment(one).forced else ""
         self.tell(f"segment {index} opened by the operator{was}")
 
+    # --------------------------------------------------------------------------------------------------------- demands
+
+    def demands(self) -> list[Demand]:
+        """The demands for data that wait for an answer, or for the bond that was put up to come back."""
+        events = self._events()
+        return [found for one in self.ever() for found in open_demands(self.ledger, events, one.segment, one.record)]
+
+    def demand(self, account: Account, one: Committed, wanted: Wanted) -> Demand:
+        """Demand a leaf of a pending segment, for a flag bond of the account's; draws first if need be."""
+        if self.terms.verifiers:
+            self._draw(one)
+        value = self._cover(account, self.terms.flag_bond)
+        self._do(account, "demand", one.segment, wanted.tree, wanted.index, wanted.entry, value=value)
+        found = open_demands(self.ledger, self._events(), one.segment, one.record)
+        return next(each for each in found if (each.tree, each.index) == (wanted.tree, wanted.index))
+
+    def answer(self, demand: Demand) -> None:
+        """Show what was demanded; FailureError where the store has not got it."""
+        self._show(demand, *answer_to(self.history, demand))
+
+    def _show(self, demand: Demand, data: bytes, proof: tuple[bytes, ...]) -> None:
+        operator = self.terms.operator
+        sender = self.parties.key(operator) if self.parties.acts(operator) else self.anybody()
+        self._do(sender, "answer", demand.segment, demand.root, demand.index, demand.count, data, proof)
+        self.tell(f"{demand}: answered with {len(data)} bytes")
+
+    def withhold(self, demand: Demand) -> None:
+        """Reject the segment of a demand that was not answered in time; of one rejected already, the bond goes back."""
+        self._do(self.anybody(), "withheld", demand.segment, demand.root, demand.index, demand.count)
+        self.tell(f"{demand}: the segment is rejected, and the bond is back with {demand.account}")
+
+    def _shown(self, one: Committed) -> bool:
+        """Answer what is demanded of a segment, or reject it where that came too late; False where it cannot go on."""
+        mine = self.parties.acts(self.terms.operator)
+        for found in open_demands(self.ledger, self._events(), one.segment, one.record):
+            late = self.ledger.now()[1] >= found.until
+            if late and mine:
+                self.tell(f"{found}: the time to answer is over; anybody else's `trueweight settle` rejects it")
+            elif late:
+                self.withhold(found)
+            elif mine and self._answered(found):
+                continue
+            elif not mine:
+                self.tell(f"{found}: its operator has to answer it before {found.until}")
+            return False
+        return True
+
+    def _answered(self, demand: Demand) -> bool:
+        try:
+            shown = answer_to(self.history, demand)
+        except FailureError as error:
+            self.tell(f"{error}; the segment is lost at {demand.until} unless `trueweight ledger answer` can")
+            return False
+        self._show(demand, *shown)
+        return True
+
+    def _watch(self, until: int) -> None:
+        """Wait, and as the operator answer what is demanded meanwhile."""
+        while (now := self.ledger.now()[1]) < until:
+            if not self.parties.acts(self.terms.operator):
+                self.ledger.wait(until)
+                continue
+            for found in self.demands():
+                if now < found.until and self._outcome_of(found.segment) == Outcome.PENDING:
+                    self._answered(found)
+            self.ledger.wait(min(until, now + max(self.terms.answer // 3, 1)))
+
+    # ---------------------------------------------------------------------------------------------------------- paying
+
     def pay(self) -> None:
         """Settle all verdicts, claim the work of final segments, and what the workers of rejected ones are due."""
-        who = self._anybody()
+        who = self.anybody()
         for one in self.ever():
             if self._outcome(one) == Outcome.PENDING:
                 continue
@@ -413,72 +493,11 @@ class Settlement:
         if state.status != Status.ACTIVE or state.finalised < self.terms.segments:
             return
         self.ledger.wait(state.last + self.terms.answer + self.terms.dispute)
-        self._do(self.terms.submitter if self.parties.has(self.terms.submitter) else self._anybody(), "close")
+        self._do(self.terms.submitter if self.parties.has(self.terms.submitter) else self.anybody(), "close")
         self.tell("run closed: what was left is the submitter's again")
 
     # --------------------------------------------------------------------------------------------------------- telling
 
     def earnings(self) -> list[dict[str, Any]]:
-        """Who got what and why, from the ledger's events: rows of account, part, why, amount."""
-        names = {one.segment.name for one in self.ever()}
-        rows: dict[tuple[Account, str, str], list[int]] = defaultdict(list)
-        for event in self._events():
-            args = event.args
-            if event.name == "Claimed" and args["segment"] in names:
-                rows[args["account"], "worker", "units of work"].append(args["amount"])
-            elif event.name == "Compensated" and args["segment"] in names:
-                rows[args["account"], "worker", "work in rejected segments"].append(args["amount"])
-            elif event.name == "Rejected" and args["segment"] in names and args["slashed"]:
-                rows[self.terms.operator, "operator", "bonds slashed"].append(-args["slashed"])
-            elif event.name == "Finalised" and args["id"] == self.terms.id and self.terms.operator_fee:
-                rows[self.terms.operator, "operator", "fees for final segments"].append(self.terms.operator_fee)
-            elif event.name == "Settled" and args["segment"] in names and args["amount"]:
-                why = "verdicts" if args["amount"] > 0 else "bond lost"
-                rows[args["account"], "verifier", why].append(args["amount"])
-            elif event.name == "Closed" and args["id"] == self.terms.id:
-                rows[self.terms.submitter, "submitter", "escrow not used"].append(args["refund"])
-        return [
-            {"account": account, "part": part, "why": why, "times": len(amounts), "amount": sum(amounts)}
-            for (account, part, why), amounts in sorted(rows.items(), key=lambda item: (item[0][1], item[0][0]))
-        ]
-
-
-def default_terms(history: History, segments: int, steps: int, **chosen: Any) -> Run:
-    """Terms for a run of so many segments of so many steps; `chosen` are the parties and whatever else is other.
-
-    A unit of work is worth 10^12 of the smallest unit; everything else follows from a segment's pay.
-    """
-    program = TrainingProgram.decode(history.store.get(history.run.programs))
-    work = steps * program.micro_batches * len(program.blocks)
-    price = chosen.pop("price", 10**12)
-    pay = work * price
-    state = len(program.tensors) * (1 + len(program.slots))
-    known = {
-        "record": history.run_digest,
-        "initial_state": history.run.initial_state,
-        "segments": segments,
-        "tensors": state,
-        "work": work,
-        "price": price,
-        "operator_fee": pay // 10,
-        "verifier_fee": pay * 3 // 2,
-        "operator_bond": pay * 40,
-        "worker_bond": pay * 4,
-        "verifier_bond": pay * 15,
-        "flag_bond": pay,
-        "pot": pay * 24,
-        "jackpot": pay * 12,
-        "rate": 2**30,
-        "forced_rate": 2**32 // 10,
-        "verifiers": 1,
-        "reporter_share": 30,
-        "harmed_share": 20,
-        "miss_penalty": 10,
-        "window": 7_200,
-        "answer": 3_600,
-        "dispute": 86_400,
-    }
-    unknown = sorted(set(chosen) - {field.name for field in dataclasses.fields(Run)})
-    if unknown:
-        raise UsageError(f"terms: expected keys of `trueweight ledger terms`, got {', '.join(unknown)}; correct them")
-    return Run(**(known | chosen))
+        """Who got what and why, from the ledger's events: rows of account, part, why, times, amount."""
+        return earned(self.terms, {one.segment.name for one in self.ever()}, self._events())

@@ -150,6 +150,8 @@ class RayGroup:
 
     def call(self, worker: str, method: str, *args: Any, returns: int | None = None) -> Any:
         """See WorkerGroup: Handles, at once."""
+        if worker not in self._members:
+            raise WorkersLost({worker: "it was stopped"})
         count = 1 if returns is None else returns
         task = self._members[worker].actor.call.options(num_returns=count + 1, name=f"{worker}.{method}")
         made = task.remote(method, returns, *(arg.value if isinstance(arg, Reference) else arg for arg in args))

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from runtime.actors.cluster import CONNECT_SECONDS, require_listener
+from runtime.actors.cluster import CONNECT_SECONDS, require_listener, trusted
 from storage.errors import FailureError, UsageError
 
 PACKAGES = ("trueweight", "verification", "runtime", "ledger", "storage")
@@ -31,12 +31,13 @@ def submit_job(
     """The exit code of `python -m trueweight run RECIPE arguments...` as a job of the cluster at `address`.
 
     `files` are the recipe's own (beside it or below), `modules` the Python modules that its factory lives in.
-    `started` is told the job's id, `write` every piece of its log. Tokens are Ray's: RAY_AUTH_MODE and RAY_AUTH_TOKEN.
+    `started` is told the job's id, `write` every piece of its log. The token is what the environment says
+    (RAY_AUTH_MODE, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH), or else what `trueweight cluster up` left for the address.
     """
     if not address.startswith(("http://", "https://")):
         raise UsageError(f"--address {address!r}: expected the head's dashboard such as http://10.0.0.1:8265")
     require_listener(address, timeout)
-    with TemporaryDirectory(prefix="trueweight-job-") as folder:
+    with trusted(address), TemporaryDirectory(prefix="trueweight-job-") as folder:
         entry = _stage(Path(folder), recipe, files, modules)
         client = _client(address)
         command = shlex.join(["python", "-m", "trueweight", "run", entry, *arguments])
@@ -46,9 +47,9 @@ def submit_job(
             raise FailureError(
                 f"job at {address}: expected it to be accepted, got {error}; see the head's log"
             ) from error
-    started(job)
-    asyncio.run(_follow(client, job, write))
-    return _exit_code(client, job)
+        started(job)
+        asyncio.run(_follow(client, job, write))
+        return _exit_code(client, job)
 
 
 def _client(address: str) -> Any:
@@ -61,7 +62,7 @@ def _client(address: str) -> Any:
     except Exception as error:  # Ray raises several kinds, AuthenticationError among them
         raise FailureError(
             f"Ray jobs at {address}: expected a Ray dashboard that lets us in, got {str(error).strip()}; check it "
-            f"and, for a cluster with tokens, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+            f"and, for a cluster with tokens, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         ) from error
     finally:
         os.environ.update(hidden)

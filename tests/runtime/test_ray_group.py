@@ -28,8 +28,8 @@ def cluster() -> Iterator[Cluster]:
 class OldActor(WorkerActor):
     """An actor on a host with another installation."""
 
-    def version(self) -> tuple[str, str]:
-        return "0.0.9", "host-7"
+    def version(self) -> tuple[str, str, int, str]:
+        return "0.0.9", "host-7", 0, ""
 
 
 class FailingActor(WorkerActor):

@@ -1,4 +1,4 @@
-"""Workers that are lost, come and leave, in this process: whatever happens at whichever call, the bytes are the same."""
+"""Workers that are lost, come and leave, in this process: whatever happens at whichever call, the bytes stay."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,8 @@ FAST = {"patience": 2.0}
 class LossyGroup(LocalGroup):
     """Workers in this process, some of which are lost at a call: at once, or found out when their results are due.
 
-    `lose` gives the workers that go with the call of that number. It is its own Membership.
+    `lose` gives the workers that go with the call of that number, `lose_in` one that goes with the next call of a
+    method after that. It is its own Membership.
     """
 
     def __init__(
@@ -35,9 +36,11 @@ class LossyGroup(LocalGroup):
         late: bool = False,
         values: Sequence[int] = (),
         kind: type[StageWorker] = StageWorker,
+        lose_in: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(worker_builder(reference, kind))
         self.lose, self.places, self.late, self.values = dict(lose or {}), places, late, set(values)
+        self.lose_in = dict(lose_in or {})
         self.calls = 0
         self.dead: dict[str, str] = {}
         self.going: dict[str, str] = {}
@@ -45,6 +48,8 @@ class LossyGroup(LocalGroup):
 
     def call(self, worker: str, method: str, *args: Any, returns: int | None = None) -> Any:
         self.calls += 1
+        if self.dead and (victim := self.lose_in.pop(method, None)):
+            self.dead[victim] = "it was made to"
         for victim in self.lose.pop(self.calls, ()):
             if victim in self._workers:
                 self.dead[victim] = "it was made to"
@@ -158,6 +163,14 @@ def test_a_worker_lost_at_any_call_changes_no_bit(
         assert ended == honest[0], f"{victim} lost at call {number}"
         assert facts(store) == honest[1]
         assert any(isinstance(event, Changed | Assembled) and victim in str(event) for event in seen)
+
+
+@pytest.mark.parametrize("method", ["regroup", "commit", "store", "receipt"])
+def test_another_worker_lost_while_a_loss_is_dealt_with(honest: tuple[Ended, list[bytes]], method: str) -> None:
+    group = LossyGroup({60: ["s0r1"]}, lose_in={method: "s0r2"}, places=0)
+    ended, store, seen = elastic(group, replicas=3)
+    assert (ended, facts(store)) == honest
+    assert len([event for event in seen if isinstance(event, Changed)]) == 2
 
 
 def test_values_that_go_with_a_host_are_made_again(honest: tuple[Ended, list[bytes]]) -> None:

@@ -1,10 +1,8 @@
 """Settlement from the command line: on the embedded chain, on an anvil, and on somebody's node."""
 
+import itertools
 import json
 import re
-import shutil
-import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,24 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 from eth_account import Account
+from eth_utils.address import to_checksum_address
 
+from benchmarks.foreign import ANVIL, ForeignNode
 from ledger.keys import PASSWORD, find_key, make_keystore, variable
+from ledger.port import NATIVE, Refused
+from ledger.web3_ledger import Artifact
 from runtime.executors import reference
 from runtime.faults import Fault, faulty_builder
 from runtime.groups import LocalGroup
 from runtime.segments import History
 from runtime.testing import TEXT, TINY, plan_for, tiny_job, train
+from storage.checkpoints import open_checkpoint
 from storage.errors import UsageError
 from storage.identity import load_or_create
+from storage.manifest import tensor_bytes
 from storage.store import open_store
 from trueweight import cli
+from trueweight.chains import EMBEDDED, connect
 
 pytestmark = pytest.mark.chain
 
 ALWAYS = "rate = 4294967295\nforced_rate = 0\n"
-ANVIL = shutil.which("anvil") or shutil.which("anvil", path="ledger/contracts/node_modules/.bin")
 
 
 class Case:
@@ -46,16 +49,40 @@ class Case:
         train(objects, job, group=group, plan=plan_for(job, stages=2, replicas=2), keys=self.keys)
         self.worker = "0x" + find_address(self.keys)
 
+    @classmethod
+    def without_a_run(cls, folder: Path, capsys: pytest.CaptureFixture[str]) -> "Case":
+        made = cls.__new__(cls)
+        made.folder, made.capsys = folder, capsys
+        made.store, made.keys = str(folder / "store"), str(folder / "keys")
+        made("ledger", "up")
+        return made
+
     def terms(self, text: str) -> tuple[str, str]:
         path = self.folder / "terms.toml"
         path.write_text(text, encoding="utf-8")
         return "--terms", str(path)
 
-    def __call__(self, *words: str, code: int = 0) -> Any:
-        found = cli.main([*words, "--store", self.store, "--keys", self.keys, "--json"])
+    def __call__(self, *words: str, code: int = 0, keys: str = "") -> Any:
+        found = cli.main([*words, "--store", self.store, "--keys", keys or self.keys, "--json"])
         said = self.capsys.readouterr()
         assert found == code, said.err
         return json.loads(said.out) if said.out else said.err
+
+    def would(self, *words: str, keys: str = "") -> str:
+        """What a dry run says, which changes nothing."""
+        before = self("ledger", "status")
+        assert cli.main([*words, "--store", self.store, "--keys", keys or self.keys, "--dry-run"]) == 0
+        said = self.capsys.readouterr().out
+        after = self("ledger", "status")
+        assert (after["runs"], after["balances"]) == (before["runs"], before["balances"])
+        return said
+
+    def account(self, role: str) -> str:
+        return str(self("ledger", "up")["accounts"][role])
+
+    def balance(self, role: str, token: str = NATIVE) -> int:
+        rows = self("ledger", "status")["balances"]
+        return sum(row["balance"] for row in rows if (row["part"], row["token"]) == (role, token))
 
 
 def find_address(keys: str) -> str:
@@ -141,11 +168,218 @@ def test_training_commits_as_it_goes(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "not committed to the ledger" in capsys.readouterr().err
 
 
+# -------------------------------------------------------------------------------------------------------------- tokens
+
+
+def token_on(case: Case, *, each: int, name: str = "MockToken") -> str:
+    """A token on the embedded chain, of which every account here has so much."""
+    artifact = Artifact(name)
+    with connect(open_store(case.store, create=False), EMBEDDED, keys=case.keys) as chain:
+        node, payer = chain.node, chain.accounts["operator"]
+        made = node.transact(payer, "a token", {"data": artifact.bytecode, "value": 0})
+        contract: Any = node.w3.eth.contract(made["contractAddress"], abi=artifact.abi)
+        for account in chain.accounts.values():
+            data = contract.encode_abi("mint", [to_checksum_address(account), each])
+            node.transact(payer, "coins", {"to": made["contractAddress"], "data": data, "value": 0})
+    return str(made["contractAddress"])
+
+
+def test_a_run_paid_in_a_token_is_settled_as_one_in_coins(case: Case) -> None:
+    token = token_on(case, each=10**18)
+    terms = case.terms(ALWAYS + f'token = "{token}"\n')  # with upper-case digits, as wallets show it
+    low = token.lower()
+    told = case("ledger", "terms", "tiny", *terms)
+    assert told["token"] == low
+    said = case.would("commit", "tiny", *terms)
+    assert re.search(rf"approve of {told['escrow'] + told['pot']} of token {low} by 0x\w{{40}} would take", said)
+    case("commit", "tiny", *terms)
+    assert case("stake", "tiny", "--role", "verifier")["bond"] == told["verifier_bond"]
+    settled = case("settle", "tiny")
+    assert (settled["status"], settled["final"]) == ("closed", 2)
+    parts = by_part(settled)
+    assert sum(parts.values()) == told["escrow"] + told["pot"]
+    assert case.balance("worker", low) == parts["worker"]
+    assert case.balance("worker") == 0
+    assert case("ledger", "withdraw", "worker", "--token", token)["withdrawn"] == parts["worker"]
+    assert case("ledger", "deposit", "worker", "5", "--token", token)["balance"] == 5
+    assert case("ledger", "deposit", "worker", "7")["balance"] == 7
+
+
+def test_who_has_too_little_of_a_token_is_told_how_much_it_takes(case: Case) -> None:
+    token = token_on(case, each=1000)
+    terms = case.terms(ALWAYS + f'token = "{token}"\n')
+    assert "got 1000; send it the rest" in case("settle", "tiny", *terms, code=64)
+    stranger = case.terms(ALWAYS + f'token = "{case.account("court")}"\n')
+    assert "got no contract; correct its address" in case("settle", "tiny", *stranger, code=64)
+    assert "40 hexadecimal digits" in case("settle", "tiny", *case.terms('token = "gold"\n'), code=64)
+
+
+def test_a_token_is_approved_for_what_is_deposited_and_no_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = Case.without_a_run(tmp_path, capsys)
+    token, silent = (token_on(case, each=100, name=name).lower() for name in ("MockToken", "SilentToken"))
+    with connect(open_store(case.store, create=False), EMBEDDED, keys=case.keys) as chain:
+        ledger, account = chain.deployed(), chain.accounts["worker"]
+        blocks = [ledger.now()[0]]
+        for amount in (10, 7, 12):  # the second is covered by the first; the third goes by way of none
+            ledger.approve(account, token, amount)
+            blocks.append(ledger.now()[0])
+        assert [after - before for before, after in itertools.pairwise(blocks)] == [1, 0, 2]
+        ledger.send(account, "deposit", token, 12)
+        with pytest.raises(Refused):
+            ledger.send(account, "deposit", token, 1)
+        ledger.approve(account, silent, 5)  # it has no `allowance`, and its `approve` returns nothing
+        ledger.send(account, "deposit", silent, 5)
+        assert ledger.read("balance_of", silent, account) == 5
+    assert "for gas too, got 0; send it some" in case("ledger", "deposit", "nobody-yet", "1", "--dry-run", code=64)
+
+
+# ---------------------------------------------------------------------------------------------------------- delegation
+
+
+def test_a_workers_earnings_are_those_of_the_account_that_it_was_delegated_by(case: Case) -> None:
+    assert case("ledger", "withdraw", "payee")["withdrawn"] == 0  # its key and coins are made
+    said = case.would("ledger", "delegate", "payee", "--key", "worker")
+    assert re.search(r"delegate by 0x\w{40} would take [\d,]+ gas", said)
+    made = case("ledger", "delegate", "payee", "--key", "worker")
+    assert made["key"] == case.worker
+    told = case("settle", "tiny", *case.terms(ALWAYS))
+    (row,) = (row for row in told["earnings"] if row["part"] == "worker")
+    assert row["account"] == made["account"]
+    assert case("ledger", "withdraw", "payee")["withdrawn"] == row["amount"]
+    assert "acts for nobody" in case("ledger", "delegate", "payee", "--key", "worker", code=64)
+    assert "hot key" in case("unstake", "tiny", code=64)
+
+
+def test_hot_keys_elsewhere_commit_judge_and_open_for_accounts_whose_keys_are_not_there(case: Case) -> None:
+    """Two folders of keys, as on two machines; of the second one operator and verifier are the first one's hot keys."""
+    hot = str(case.folder / "hot")
+    case("ledger", "up")
+    case("ledger", "up", keys=hot)
+    for role in ("operator", "verifier"):
+        out = str(case.folder / f"{role}.json")
+        case("ledger", "sign-delegation", role, "--account", case.account(role), "--out", out, keys=hot)
+        assert "expected account" in case("ledger", "delegate", "court", "--signed", out, code=64)
+        case("ledger", "delegate", role, "--signed", out)
+    assert case("settle", "tiny", *case.terms(ALWAYS), keys=hot)["status"] == "open"
+    assert cli.main(["commit", "tiny", "--store", case.store, "--keys", hot]) == 0
+    (end,) = re.findall(r"accept RUN --chain (\w{64})", case.capsys.readouterr().out)
+    assert case("ledger", "accept", "tiny", "--chain", end)["bond"] > 0
+    case("stake", "tiny", "--role", "verifier")
+    assert "bonds are its account's" in case("stake", "tiny", "--role", "verifier", keys=hot, code=64)
+    told = case("settle", "tiny", keys=hot)
+    assert (told["status"], told["final"]) == ("closed", 2)
+    accounts = {row["part"]: row["account"] for row in told["earnings"]}
+    assert (accounts["operator"], accounts["verifier"]) == (case.account("operator"), case.account("verifier"))
+
+
+def test_a_delegation_that_was_changed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = Case.without_a_run(tmp_path, capsys)
+    account = Account.from_key(find_key("payee", tmp_path / "keys", create=True)).address
+    path, changed = tmp_path / "worker.json", str(tmp_path / "changed.json")
+    case("ledger", "sign-delegation", "worker", "--account", account, "--out", str(path))
+    told = json.loads(path.read_text(encoding="utf-8"))
+    for field, value, remedy in [
+        ("signature", "00" * 65, "the signature is not by"),
+        ("signature", "00", "the signature is not by"),
+        ("deadline", 2**40, "the signature is not by"),
+        ("chain", 1, "expected chain"),
+        ("ledger", "0x" + "11" * 20, "expected ledger"),
+        ("format", "other", "expected format"),
+        ("deadline", "soon", "expected a delegation"),
+    ]:
+        Path(changed).write_text(json.dumps({**told, field: value}), encoding="utf-8")
+        said = case("ledger", "delegate", "payee", "--signed", changed, code=64)
+        assert remedy in said
+        assert "sign-delegation" in said
+    assert "give one" in case("ledger", "delegate", "payee", code=64)
+
+
+# -------------------------------------------------------------------------------------------------------------- demands
+
+
+def a_tensor(case: Case, segment: int) -> str:
+    """The name of a tensor of a segment's state with more than one leaf, or the last one."""
+    objects = open_store(case.store, create=False)
+    record = History.open(objects, "tiny").segments()[segment]
+    tensors = open_checkpoint(objects, record.poststate).manifest.tensors
+    return max(tensors, key=lambda entry: (tensor_bytes(entry), entry.name)).name
+
+
+def test_demanded_leaves_are_shown_with_proofs_from_the_store(case: Case) -> None:
+    case("commit", "tiny", *case.terms(ALWAYS))
+    bond = case("ledger", "terms", "tiny")["flag_bond"]
+    asked = ("ledger", "demand", "tiny", "--segment")
+    assert "would take" in case.would(*asked, "0", "--tree", "state")
+    case(*asked, "0", "--tree", "state", "--leaf", "1")
+    case(*asked, "1", "--tree", "steps", "--leaf", "1", "--by", "worker")
+    made = case(*asked, "1", "--tree", "tensor", "--tensor", a_tensor(case, 1))
+    assert (made["tree"], made["leaf"], made["bond"]) == ("tensor", 0, bond)
+    assert made["by"] == case.account("verifier")
+    rows = case("ledger", "demands", "tiny")["demands"]
+    assert [(row["segment"], row["tree"], row["leaf"]) for row in rows] == [
+        (0, "state", 1),
+        (1, "steps", 1),
+        (1, "tensor", 0),
+    ]
+    assert re.search(r"answer by 0x\w{40} would take", case.would("ledger", "answer", "tiny"))
+    assert len(case("ledger", "answer", "tiny", "--segment", "1")["answered"]) == 2
+    assert len(case("ledger", "demands", "tiny")["demands"]) == 1
+    told = case("settle", "tiny")  # answers the last one
+    assert (told["status"], told["final"]) == ("closed", 2)
+    (row,) = (row for row in told["earnings"] if row["why"] == "demands answered")
+    assert (row["times"], row["amount"]) == (3, 3 * bond)
+    assert case("ledger", "answer", "tiny")["answered"] == []
+
+
+def test_a_segment_whose_data_are_not_shown_in_time_is_lost(case: Case) -> None:
+    terms = case("ledger", "terms", "tiny", *case.terms(ALWAYS))
+    case("commit", "tiny", *case.terms(ALWAYS))
+    case("ledger", "demand", "tiny", "--segment", "0", "--tree", "tensor", "--tensor", a_tensor(case, 0))
+    packs = Path(case.store) / "packs"
+    packs.rename(packs.with_name("elsewhere"))
+    said = case("ledger", "answer", "tiny", code=70)
+    assert "expected its data in the store" in said
+    assert case("ledger", "withheld", "tiny")["withheld"] == []
+    assert re.search(r"withheld by 0x\w{40} would take|may answer before", case.would("ledger", "withheld", "tiny"))
+    assert len(case("ledger", "withheld", "tiny", "--wait")["withheld"]) == 1
+    packs.with_name("elsewhere").rename(packs)
+    assert case("ledger", "status")["runs"][0]["committed"] == 0
+    share = terms["operator_bond"] * terms["reporter_share"] // 100
+    assert case.balance("verifier") == terms["flag_bond"] + share
+    assert case("stake", "tiny", "--role", "operator")["bond"] == terms["operator_bond"]
+    told = case("settle", "tiny")  # the operator commits them again
+    assert (told["status"], told["final"]) == ("closed", 2)
+    assert {row["why"]: row["amount"] for row in told["earnings"]}["data withheld"] == share
+
+
+def test_a_demand_for_what_there_is_not_is_no_call(case: Case) -> None:
+    case("commit", "tiny", *case.terms(ALWAYS))
+    for words, remedy in [
+        ("2 --tree state", "expected one below 2"),
+        ("0 --tree oak", "expected state, steps, tensor"),
+        ("0 --tree steps --leaf 2", "expected one below 2"),
+        ("0 --tree steps --leaf -1", "expected one below 2"),
+        ("0 --tree tensor", "expected --tensor NAME"),
+        ("0 --tree state --tensor x", "expected --tensor NAME"),
+        ("0 --tree tensor --tensor weight/nothing", "choose one"),
+        ("0 --tree state --by Nobody", "choose one"),
+    ]:
+        assert remedy in case("ledger", "demand", "tiny", "--segment", *words.split(), code=64)
+    assert case("ledger", "demands", "tiny")["demands"] == []
+
+
 # ----------------------------------------------------------------------------------------------------- bad input, keys
 
 
 def test_bad_input_ends_with_the_remedy(case: Case) -> None:
     assert "correct it" in case("settle", "tiny", "--ledger", "mainnet", code=64)
+    assert "ledger up" in case("ledger", "deploy", "--ledger", "embedded", code=64)
+    assert "correct it" in case("ledger", "status", "--contract", "0x12", code=64)
+    assert "got none there" in case("ledger", "status", "--contract", "0x" + "12" * 20, code=64)
+    assert "correct it" in case("settle", "tiny", *case.terms("price = -1\n"), code=64)
+    assert "decimal digits" in case("ledger", "deposit", "worker", "1.5", code=64)
     assert "correct them" in case("settle", "tiny", *case.terms("prize = 3\n"), code=64)
     assert "correct it" in case("settle", "tiny", *case.terms("rate = \n"), code=64)
     assert "operator_bond" in case("settle", "tiny", *case.terms("operator_bond = 1\n"), code=64)
@@ -186,60 +420,21 @@ def test_the_same_settlement_on_an_anvil_of_our_own(case: Case) -> None:
     assert told["earnings"] == again["earnings"]
 
 
-class Node:
-    """An anvil that is somebody's: no unlocked accounts, blocks by the clock."""
-
-    def __init__(self, folder: Path) -> None:
-        assert ANVIL is not None
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self._command = [ANVIL, "--port", str(self.port), "--block-time", "1", "--state", str(folder / "state.json")]
-        self._command += ["--accounts", "1"]
-        self.start()
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        assert self._process.stdout
-        for line in self._process.stdout:
-            if b"Listening" in line:
-                break
-        threading.Thread(target=self._process.stdout.read, daemon=True).start()
-
-    def stop(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait(timeout=30)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def ask(self, method: str, *params: Any) -> Any:
-        body = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
-        return requests.post(self.url, json=body, timeout=10).json()["result"]
-
-    def fill(self, keys: str) -> None:
-        for role in ("submitter", "operator", "court", "verifier", "worker"):
-            secret = find_key(role, Path(keys), create=True)
-            assert secret
-            self.ask("anvil_setBalance", Account.from_key(secret).address, hex(10**20))
-
-
 @pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
-    made = Node(tmp_path)
+def node(tmp_path: Path) -> Iterator[ForeignNode]:
+    made = ForeignNode(tmp_path)
     yield made
     made.stop()
 
 
 @pytest.mark.skipif(ANVIL is None, reason="no anvil: npm ci --prefix ledger/contracts")
 @pytest.mark.slow
-def test_settlement_on_a_node_of_somebody_with_a_restart_in_the_middle(case: Case, node: Node) -> None:
+def test_settlement_on_a_node_of_somebody_with_a_restart_in_the_middle(case: Case, node: ForeignNode) -> None:
     node.fill(case.keys)
     assert "no contracts" in case("commit", "tiny", "--ledger", node.url, code=64)
     made = case("ledger", "deploy", "--ledger", node.url)
     assert re.fullmatch("0x[0-9a-f]{40}", made["ledger"])
-    terms = case.terms(ALWAYS + "window = 4\nanswer = 15\ndispute = 2\n")
+    terms = case.terms(ALWAYS + "window = 4\nanswer = 30\ndispute = 2\n")
     assert case("commit", "tiny", "--ledger", node.url, *terms)["committed"] == 2
     node.stop()
     command = [sys.executable, "-m", "trueweight", "settle", "tiny", "--ledger", node.url, "--json"]
@@ -254,7 +449,7 @@ def test_settlement_on_a_node_of_somebody_with_a_restart_in_the_middle(case: Cas
 
 @pytest.mark.skipif(ANVIL is None, reason="no anvil: npm ci --prefix ledger/contracts")
 @pytest.mark.slow
-def test_a_block_that_is_gone_takes_nothing_with_it(case: Case, node: Node) -> None:
+def test_a_block_that_is_gone_takes_nothing_with_it(case: Case, node: ForeignNode) -> None:
     """While a call waits for confirmations, and after a command has gone by."""
     node.fill(case.keys)
     waiting = threading.Timer(2.5, lambda: node.ask("anvil_reorg", 2, []))

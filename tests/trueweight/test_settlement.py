@@ -1,6 +1,6 @@
 """Settlement over the in-memory ledger: courts, rejections, operators who go, bonds that come back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ledger.model import Model
-from ledger.port import NATIVE, Event, Outcome, Role, Run, Status
+from ledger.port import NATIVE, Event, Outcome, Role, Run, Status, Tree
+from ledger.rules import escrow
 from runtime.executors import reference
 from runtime.faults import Fault, faulty_builder
 from runtime.groups import LocalGroup
@@ -19,8 +20,11 @@ from runtime.tracing import traced_builder
 from runtime.worker import worker_builder
 from storage.errors import UsageError
 from storage.identity import load_or_create
-from storage.store import Store, memory_store
-from trueweight.settlement import Parties, Settlement, default_terms
+from storage.store import OBJECTS, Store, hashed_key, memory_store
+from trueweight.demands import Demand, Wanted
+from trueweight.parties import Parties
+from trueweight.run_terms import default_terms
+from trueweight.settlement import Committed, Settlement
 from verification.replay import Replay
 
 SUBMITTER, OPERATOR, COURT, VERIFIER, STRANGER = (f"0x{n:040x}" for n in range(1, 6))
@@ -60,7 +64,7 @@ class Play:
         parties = {"submitter": SUBMITTER, "operator": OPERATOR, "court": COURT, "beacon": STRANGER}
         self.terms: Run = default_terms(self.history, 2, 2, **parties, **self.changed)
 
-    def seen_by(self, *accounts: str) -> Settlement:
+    def seen_by(self, *accounts: str, keys: Mapping[str, str] | None = None) -> Settlement:
         def replay(traced: bool) -> Replay:
             build = traced_builder(reference) if traced else worker_builder(reference)
             return Replay(self.store, self.history.run, build=build)
@@ -72,6 +76,7 @@ class Play:
             verifiers=(VERIFIER,),
             workers=(self.worker,),
             secrets={account: account.encode() for account in accounts},
+            keys=keys or {},
         )
         return Settlement(
             ledger=self.model,
@@ -195,7 +200,72 @@ def test_a_beacon_that_is_forgotten_is_chosen_anew(play: Callable[..., Play]) ->
     assert len(forgotten) == 3
 
 
-def test_a_token_has_to_be_deposited_by_hand(play: Callable[..., Play]) -> None:
+def test_a_token_is_deposited_as_far_as_it_is_lacking(play: Callable[..., Play]) -> None:
     made = play(token=STRANGER)
-    with pytest.raises(UsageError, match="approve the ledger and deposit the rest"):
+    with pytest.raises(UsageError, match="got 0; send it the rest"):
         made.settle(*made.everybody)
+    for account in made.everybody:
+        made.model.mint(STRANGER, account, 10**18)
+    made.model.send(SUBMITTER, "deposit", STRANGER, 1000)
+    done = made.settle(*made.everybody)
+    assert done.state.status == Status.CLOSED
+    deposited = [e.args["amount"] for e in made.model.events() if e.name == "Deposited" and e.args["token"] == STRANGER]
+    assert deposited[:2] == [1000, escrow(made.terms) + made.terms.pot - 1000]
+    assert made.model.held(NATIVE) == 0
+    assert "deposited" in made.told[0]
+
+
+def test_hot_keys_do_what_they_may_and_say_what_their_accounts_have_to(play: Callable[..., Play]) -> None:
+    made = play()
+    hot = {OPERATOR: "0x" + "a1" * 20, VERIFIER: "0x" + "a2" * 20}
+    for account, key in hot.items():
+        made.model.accounts[key] = account  # as `delegate` leaves it
+    there = made.seen_by(*hot.values(), keys=hot)
+    made.seen_by(SUBMITTER, made.worker).open()
+    there.open()
+    (line,) = (line for line in made.told if "ledger accept RUN" in line)
+    cold = made.seen_by(OPERATOR, VERIFIER)
+    cold.accept(bytes.fromhex(line.split()[-1]))
+    cold.open()
+    for part in (there.open, there.commit, there.judge, there.finalise, there.pay, there.close):
+        part()
+        made.model.check()
+    assert there.state.status == Status.CLOSED
+    assert earned(there)["verifier", "verdicts"] > 0
+
+
+def test_an_operator_answers_while_it_waits_and_loses_what_it_cannot_show(play: Callable[..., Play]) -> None:
+    made = play(verifiers=0, window=3600, answer=7200)
+    whole = made.seen_by(*made.everybody)
+    whole.open()
+    whole.commit()
+    first, second = whole.committed()
+
+    def ask(one: Committed, tree: Tree, index: int) -> Demand:
+        wanted = Wanted.of(whole.history, whole.terms, one.record, tree, index, "")
+        return whole.demand(VERIFIER, one, wanted)
+
+    ask(first, Tree.STATE, 1)
+    lost = ask(second, Tree.STEPS, 1)
+    assert [str(each) for each in whole.demands()] == [
+        f"segment 0: leaf 1 of {made.terms.tensors} of state",
+        "segment 1: leaf 1 of 2 of steps",
+    ]
+    listed = second.record.steps_object
+    steps = made.store.get(listed)
+    made.store.objects.delete(hashed_key(OBJECTS, listed))
+    made.settle(SUBMITTER, VERIFIER)
+    assert "its operator has to answer it" in made.told[-1]
+    made.settle(OPERATOR)
+    assert any("answered with" in line for line in made.told)
+    assert any("unless `trueweight ledger answer` can" in line for line in made.told)
+    made.model.wait(lost.until)
+    assert made.settle(OPERATOR).state.finalised == 1
+    assert "the time to answer is over" in made.told[-1]
+    made.settle(SUBMITTER, VERIFIER)
+    assert Outcome(made.model.read("outcome_of", made.terms, second.segment)) == Outcome.REJECTED
+    found = earned(whole)
+    assert found["demander", "data withheld"] == made.terms.operator_bond * made.terms.reporter_share // 100
+    assert found["operator", "demands answered"] == made.terms.flag_bond
+    made.store.put(steps)
+    assert made.settle(*made.everybody).state.status == Status.CLOSED
