@@ -61,6 +61,8 @@ segment = 10
 [optimiser]
 learning_rate = 1e-3
 """
+HASTE = 0.2
+"""How often a disturbance comes before a step was done since the last: a run that may never come up cannot."""
 RUN_SECONDS = 420.0
 """When a run is taken for stuck."""
 
@@ -113,7 +115,7 @@ class Run:
         """The final root."""
         self.tell(f"starts {' '.join(self.shape)} on {1 + len(self.hosts.nodes)} hosts")
         process = self.controller()
-        due = time.monotonic() + self.draw.uniform(8, 14)
+        due, hasty, done = time.monotonic() + self.draw.uniform(8, 14), False, 0
         while True:
             now = time.monotonic()
             if now - self.began > RUN_SECONDS:
@@ -131,10 +133,16 @@ class Run:
             for moment in [moment for moment in self.later if moment[0] <= now]:
                 self.later.remove(moment)
                 moment[1]()
-            if now >= due:
+            if now >= due and (hasty or self.steps() > done):
+                done, hasty = self.steps(), self.draw.random() < HASTE
                 self.disturb(process)
                 due = now + self.draw.uniform(1.5, 6)
             time.sleep(0.1)
+
+    def steps(self) -> int:
+        """How many steps were done so far, again and again included."""
+        path = Path(self.store) / "runs" / "chaos" / "events.jsonl"
+        return path.read_text().count('"event": "stepped"') if path.exists() else 0
 
     def disturb(self, controller: subprocess.Popen[bytes]) -> None:
         """One thing that goes wrong, or one more host."""

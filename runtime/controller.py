@@ -12,14 +12,14 @@ progress passes an observer. Nothing is visible in the store before the Head mov
 last checkpoint as it was.
 """
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
+from runtime.clock import Clock, WallClock
 from runtime.feed import Feed
 from runtime.groups import Membership, WorkerConfig, WorkerGroup, WorkersLost
 from runtime.plan import Plan
@@ -143,6 +143,7 @@ class Elastic:
     """Whether replicas take the plan's shares instead of what they have time for."""
     patience: float = 300.0
     """Seconds that a run without enough workers waits for them."""
+    clock: Clock = field(default_factory=WallClock)
 
 
 class Controller:
@@ -226,11 +227,12 @@ class Controller:
             self._roster = None
         self._group.stop()
         self._settle()
-        plan, began, stages = self._plan, time.monotonic(), len(self._plan.replicas)
+        clock, plan, stages = elastic.clock, self._plan, len(self._plan.replicas)
+        began = clock.now()
         while (room := elastic.membership.room() // stages) < 1:
-            if self._stop() or time.monotonic() - began > elastic.patience:
+            if self._stop() or clock.now() - began > elastic.patience:
                 raise error
-            time.sleep(1.0)
+            clock.sleep(1.0)
         self._plan = plan.resized([min(room, most) for most in self._most])
         self._resumed = self._resumed or hasattr(self, "_history")
         self._events.append(f"back to the last checkpoint: {str(error)[:REASON]}")
@@ -258,6 +260,7 @@ class Controller:
     def _assemble(self) -> Phase:
         elastic, programs = self._elastic, self._store.get(self._job.programs)
         seed, keys, threads = self._job.feed.recipe.seed, self._keys, self._threads
+        clock = elastic.clock if elastic else WallClock()
         self._crew = assemble(
             self._group,
             plan=self._plan,
@@ -267,6 +270,7 @@ class Controller:
             keys=keys,
             threads=threads,
             fixed=elastic is None or elastic.fixed,
+            now=clock.now,
         )
 
         def configure(worker: str, plan: Plan) -> bytes:
@@ -281,6 +285,7 @@ class Controller:
                 membership=elastic.membership,
                 grow=elastic.grow,
                 wanted=self._most,
+                clock=clock,
                 note=self._changed,
             )
         self._events.append(f"assembled {self._plan.shape}: {' '.join(self._plan.workers)}")
@@ -288,14 +293,15 @@ class Controller:
         return Phase.RESTORE if self._resumed else Phase.START
 
     def _start(self) -> Phase:
-        root = initialise(self._crew)
+        root = self._surviving(lambda: initialise(self._crew))
         self._store_state(root).result()
         self._history = History.start(self._store, self._job.record(initial_state=root))
         return self._ready(self._history.position())
 
     def _restore(self) -> Phase:
         position = self._history.position()
-        restore(self._crew, load_state(self._store, position.poststate))
+        arrays = load_state(self._store, position.poststate)
+        self._surviving(lambda: restore(self._crew, arrays))
         self._saver.base = position.poststate
         if position.next_step < self._job.feed.steps:
             self._history.mark(RUNNING)
@@ -378,7 +384,9 @@ class Controller:
         """Note what happened to the workers, for the record of the step and whoever watches."""
         self._events.append(what)
         step = self._position.next_step if hasattr(self, "_position") else 0
-        self._observe(Changed(step=step, what=what, workers=self._crew.workers))
+        crew = self._crew
+        there = tuple(place for place in crew.workers if crew.members[place] not in crew.gone)
+        self._observe(Changed(step=step, what=what, workers=there))
 
     def _settle(self) -> None:
         """Commit the segment whose state is being stored, once it is."""

@@ -44,6 +44,10 @@ class ValueLost(FailureError):
     """A call could not be made: a value that it takes went with the host that kept it."""
 
 
+class WrongValue(FailureError):
+    """A worker was given what no sound worker makes: whoever made it is at fault, and not the one that says so."""
+
+
 class WorkerGroup(Protocol):
     """Workers by id. What is called of one worker runs one at a time.
 

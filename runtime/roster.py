@@ -5,9 +5,11 @@ of the stage: while one is left, nothing is lost but what the others had under w
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from itertools import count
 
+from runtime.clock import Clock
 from runtime.groups import Handle, Membership, WorkersLost
 from runtime.plan import Plan
 from runtime.shards import WEIGHT, Layout, make_layout
@@ -19,8 +21,8 @@ LOOK_SECONDS = 2.0
 """How often the machines are asked whether there is room for more workers, or some are about to go."""
 REST_SECONDS = 30.0
 """How long after a worker that did not come up no other is asked for."""
-WINDOW = 8
-"""Tensors on their way to new holders at a time."""
+WINDOW_BYTES = 2**28
+"""Bytes of tensors on their way to a new holder at a time."""
 REASON = 160
 """Characters of a reason that go into a record."""
 
@@ -43,6 +45,7 @@ class Roster:
         configure: Callable[[str, Plan], bytes],
         membership: Membership,
         wanted: Sequence[int],
+        clock: Clock,
         grow: bool = False,
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -53,127 +56,135 @@ class Roster:
         self._note = note
         self._wanted = wanted
         self._serial = count(1)
-        self._starter = ThreadPoolExecutor(1, thread_name_prefix="starter")
-        self._coming: tuple[str, int, Future[None]] | None = None
-        """A worker that is being started: its name in the group and its stage."""
-        self._gone: dict[str, str] = {}
-        """Lost workers that are members yet, with the reason."""
+        self._clock = clock
+        self._coming: list[tuple[str, int, Future[None]]] = []
+        """Workers that are being started: their names in the group and their stages."""
+        self._here: list[tuple[str, int]] = []
+        """Workers that are there and have no place yet."""
         self._next_look = 0.0
 
-    def lost(self, error: WorkersLost) -> None:
-        """Go on without the workers that are lost; StageLost where a stage has none left."""
+    def lost(self, error: WorkersLost, later: bool = False) -> None:
+        """Go on without the workers that are lost; StageLost where a stage has none left.
+
+        With `later` their places stay empty until it is called again: that nobody is at them is all that units need.
+        """
         crew = self._crew
-        self._gone |= error.lost  # with those whose loss was being dealt with when these were found to be lost too
+        fresh = {place: name for place, name in crew.members.items() if name in error.lost and name not in crew.gone}
+        crew.gone |= error.lost
         crew.group.stop(list(error.lost))
         crew.pace.forget(error.lost)
-        self._drop("lost", {place: self._gone[name] for place, name in crew.members.items() if name in self._gone})
-        self._gone = {}
+        self._here = [(name, stage) for name, stage in self._here if name not in error.lost]
+        for place, name in fresh.items():
+            self._note(f"lost {place}: {error.lost[name][:REASON]}")
+        gone = {place: crew.gone[name] for place, name in crew.members.items() if name in crew.gone}
+        self._require_somebody(gone)
+        if gone and (crew.fixed or not later):
+            self._change(gone, [])
+        if not later:
+            crew.gone = {}
 
     def turn(self) -> None:
         """Between two steps: let go who is leaving, take in who has come, ask for more where there is room."""
         now = self._crew.pace.now()
-        if self._coming and self._coming[2].done():
-            self._take_in(now)
-        if now < self._next_look:
-            return
-        self._next_look = now + LOOK_SECONDS
-        self._let_go(self._membership.leaving())
-        if self._coming is None and (stage := self._short()) is not None and self._membership.room():
-            self._ask_for(stage)
+        self._welcome(now)
+        look = now >= self._next_look
+        left = self._leaving() if look else {}
+        if left or self._here:
+            self._change(left, self._here)
+            self._here = []
+        if look:
+            self._next_look = now + LOOK_SECONDS
+            if not self._coming:
+                self._ask(self._membership.room())
 
     def close(self) -> None:
         """Ask for nobody any more; whoever is being started is not needed."""
-        if self._coming:
-            name, _, started = self._coming
-            started.add_done_callback(lambda _: self._crew.group.stop([name]))
-        self._starter.shutdown(wait=False, cancel_futures=True)
+        for name, _, started in self._coming:
+            started.add_done_callback(lambda _, name=name: self._crew.group.stop([name]))  # type: ignore[misc]
+
+    def _change(self, without: Mapping[str, str], here: Sequence[tuple[str, int]]) -> None:
+        """Have the crew go on without those at some places, lost or leaving, and with those that have come."""
+        crew, plan = self._crew, self._crew.plan
+        stages = range(len(plan.replicas))
+        stay = [[crew.members[place] for place in plan.team(stage) if place not in without] for stage in stages]
+        come = [[name for name, at in here if at == stage] for stage in stages]
+        wanted = plan.resized([len(old) + len(new) for old, new in zip(stay, come, strict=True)])
+        order = [name for old, new in zip(stay, come, strict=True) for name in (*old, *new)]
+        leaving = {crew.members[place]: place for place in without if crew.members[place] not in crew.gone}
+        reshape(crew, wanted, dict(zip(wanted.workers, order, strict=True)))  # once: everybody is told
+        crew.group.stop(list(leaving))
+        crew.pace.forget(leaving)
+        for place in leaving.values():
+            self._note(f"left {place}: {without[place][:REASON]}")
+        for stage, old in enumerate(stay):
+            for place in wanted.team(stage)[len(old) :]:
+                self._note(f"joined {place}")
 
     # ----------------------------------------------------------------------------------------------------- leaving
 
-    def _let_go(self, leaving: Mapping[str, str]) -> None:
-        """Go on without those that are leaving, unless a stage would have nobody: it keeps them while they last."""
-        crew = self._crew
+    def _leaving(self) -> dict[str, str]:
+        """The places of those that are leaving, but for one where a stage would have nobody: it stays while it can."""
+        crew, leaving = self._crew, self._membership.leaving()
         gone = {place: leaving[name] for place, name in crew.members.items() if name in leaving}
         for stage in range(len(crew.plan.replicas)):
             if set(crew.plan.team(stage)) <= set(gone):
                 gone.pop(crew.plan.team(stage)[0])
-        if gone:
-            names = [crew.members[place] for place in gone]
-            self._drop("left", gone)
-            crew.group.stop(names)
-            crew.pace.forget(names)
+        return gone
 
-    def _drop(self, how: str, gone: Mapping[str, str]) -> None:
-        crew, plan = self._crew, self._crew.plan
-        teams = [[place for place in plan.team(stage) if place not in gone] for stage in range(len(plan.replicas))]
-        told = [f"{how} {place}: {reason[:REASON]}" for place, reason in gone.items()]
-        for stage, team in enumerate(teams):
-            if not team:
-                self._tell(told)
+    def _require_somebody(self, gone: Mapping[str, str]) -> None:
+        plan = self._crew.plan
+        for stage in range(len(plan.replicas)):
+            if set(plan.team(stage)) <= set(gone):
                 raise StageLost(
                     f"stage {stage}: every replica was lost ({'; '.join(gone.values())[:REASON]}); the run goes on "
                     f"from the last checkpoint once there are workers again"
                 )
-        if gone:
-            smaller = plan.resized(tuple(map(len, teams)))
-            order = [crew.members[place] for team in teams for place in team]
-            reshape(crew, smaller, dict(zip(smaller.workers, order, strict=True)))
-        self._tell(told)
-
-    def _tell(self, told: Sequence[str]) -> None:
-        for what in told:
-            self._note(what)
 
     # ------------------------------------------------------------------------------------------------------ coming
 
-    def _short(self) -> int | None:
-        """The stage that most needs another replica, None where none does."""
-        plan = self._crew.plan
-        most = len(plan.micro_batches) if self._grow else 0
-        short = [s for s, has in enumerate(plan.replicas) if has < max(self._wanted[s], most)]
-        return max(short, key=lambda stage: (self._load(stage), -stage), default=None)
+    def _ask(self, room: int) -> None:
+        """Have workers started for the stages that need them most, as many as there is room for."""
+        configs: dict[int, tuple[str, bytes]] = {}
+        crew = self._crew
+        replicas = list(crew.plan.replicas)
+        while room > 0 and (stage := self._short(replicas)) is not None:
+            if stage not in configs:
+                plan = crew.plan.resized([n + (at == stage) for at, n in enumerate(crew.plan.replicas)])
+                place = plan.team(stage)[-1]
+                configs[stage] = place, self._configure(place, plan)
+            place, config = configs[stage]
+            name = f"{place}.{next(self._serial)}"
+            self._coming.append((name, stage, self._clock.beside(partial(crew.group.start, {name: config}))))
+            replicas[stage] += 1
+            room -= 1
 
-    def _load(self, stage: int) -> float:
-        """What a step takes a stage, about: the time of a micro-batch over its replicas."""
+    def _short(self, replicas: Sequence[int]) -> int | None:
+        """The stage of so many replicas that most needs another one, None where none does."""
+        most = len(self._crew.plan.micro_batches) if self._grow else 0
+        short = [s for s, has in enumerate(replicas) if has < max(self._wanted[s], most)]
+        return max(short, key=lambda stage: (self._unit(stage) / replicas[stage], -stage), default=None)
+
+    def _unit(self, stage: int) -> float:
+        """What a micro-batch takes a replica of a stage, about."""
         plan, pace = self._crew.plan, self._crew.pace
         methods = ("last",) if stage == len(plan.replicas) - 1 else ("forward", "backward")
         known = [pace.known(method, stage) for method in methods]
-        unit = sum(seconds for seconds in known if seconds is not None) or float(len(plan.stages[stage]))
-        return unit / plan.replicas[stage]
+        return sum(seconds for seconds in known if seconds is not None) or float(len(plan.stages[stage]))
 
-    def _ask_for(self, stage: int) -> None:
-        crew = self._crew
-        plan = _with_one_more(crew.plan, stage)
-        place = plan.team(stage)[-1]
-        name = f"{place}.{next(self._serial)}"
-        config = self._configure(place, plan)
-        self._coming = name, stage, self._starter.submit(crew.group.start, {name: config})
-
-    def _take_in(self, now: float) -> None:
-        assert self._coming is not None
-        (name, stage, started), self._coming = self._coming, None
-        crew = self._crew
-        try:
-            started.result()
-        except WorkersLost:
-            raise
-        except FailureError as error:
-            self._note(f"a worker for stage {stage} did not come up: {str(error)[:REASON]}")
-            self._next_look = now + REST_SECONDS
-            return
-        plan = _with_one_more(crew.plan, stage)
-        team = [[crew.members[place] for place in crew.plan.team(s)] for s in range(len(plan.replicas))]
-        team[stage].append(name)
-        try:
-            reshape(crew, plan, dict(zip(plan.workers, [name for names in team for name in names], strict=True)))
-        except WorkersLost:
-            crew.group.stop([name])  # whoever it was that was lost, another worker will be asked for
-            raise
-        self._note(f"joined {plan.team(stage)[-1]}")
-
-
-def _with_one_more(plan: Plan, stage: int) -> Plan:
-    return plan.resized([count + (at == stage) for at, count in enumerate(plan.replicas)])
+    def _welcome(self, now: float) -> None:
+        """Note who has come, and who did not."""
+        done = [coming for coming in self._coming if coming[2].done()]
+        self._coming = [coming for coming in self._coming if coming not in done]
+        for name, stage, started in done:
+            try:
+                started.result()
+            except WorkersLost:
+                raise
+            except FailureError as error:
+                self._note(f"a worker for stage {stage} did not come up: {str(error)[:REASON]}")
+                self._next_look = now + REST_SECONDS
+            else:
+                self._here.append((name, stage))
 
 
 # ------------------------------------------------------------------------------------------------------------- moves
@@ -193,28 +204,52 @@ def reshape(crew: Crew, plan: Plan, members: Mapping[str, str]) -> None:
 
 
 def _move(crew: Crew, layout: Layout, members: Mapping[str, str]) -> None:
-    has = {name: set(_kept(crew, crew.layout, place)) for place, name in crew.members.items()}
-    lacking = [
-        (name, *tensor)
-        for place, name in members.items()
-        for tensor in _kept(crew, layout, place)
-        if tensor not in has.get(name, ())
-    ]
-    if not lacking:
+    stages = range(len(layout.plan.replicas))
+    kept = [_kept(crew, crew.layout, crew.plan.team(stage)[0]) for stage in stages]
+    needed = [_kept(crew, layout, layout.plan.team(stage)[0]) for stage in stages]
+    at = {name: crew.plan.place(place)[0] for place, name in crew.members.items()}
+    queues: dict[str, list[tuple[str, int]]] = {}
+    for place, name in members.items():
+        stage = layout.plan.place(place)[0]
+        has = set(kept[at[name]]) if name in at and kept[at[name]] != needed[stage] else set()
+        if name not in at or has:
+            queues[name] = [tensor for tensor in needed[stage] if tensor not in has]
+    if not any(queues.values()):
         return
     if not crew.roots:
         crew.roots = {place: root for part in crew.gather("roots") for place, root in part.items()}
-    for first in range(0, len(lacking), WINDOW):
-        _move_some(crew, lacking[first : first + WINDOW], has)
+    sources: dict[tuple[str, int], list[str]] = {}
+    for stage, tensors in enumerate(kept):
+        team = [name for name, where in at.items() if where == stage]
+        for tensor in tensors:
+            sources[tensor] = sources.get(tensor, []) + team if tensor in sources else team
+    while any(queues.values()):  # some tensors at a time, for all that lack some
+        moves = []
+        for name, tensors in queues.items():
+            some = _first(crew, tensors)
+            moves += [(name, *tensor) for tensor in tensors[:some]]
+            queues[name] = tensors[some:]
+        _move_some(crew, moves, sources)
 
 
-def _move_some(crew: Crew, moves: Sequence[tuple[str, str, int]], has: Mapping[str, set[tuple[str, int]]]) -> None:
+def _first(crew: Crew, tensors: Sequence[tuple[str, int]]) -> int:
+    """How many of the tensors may be on their way to a worker at a time: one at least, if there is any."""
+    size = 0
+    for number, (_, tensor) in enumerate(tensors):
+        size += 4 * crew.layout.size(tensor)
+        if number and size > WINDOW_BYTES:
+            return number
+    return len(tensors)
+
+
+def _move_some(
+    crew: Crew, moves: Sequence[tuple[str, str, int]], sources: Mapping[tuple[str, int], Sequence[str]]
+) -> None:
     taken: list[Handle] = []
     for at, (name, key, tensor) in enumerate(moves):
-        sources = [source for source, names in has.items() if (key, tensor) in names]
-        if not sources:
+        if not (holding := sources.get((key, tensor))):
             raise StageLost(f"tensor {crew.layout.names[tensor]}: no worker holds it any more; resume the run")
-        given = crew.group.call(sources[at % len(sources)], "give", key, tensor)
+        given = crew.group.call(holding[at % len(holding)], "give", key, tensor)
         taken.append(crew.group.call(name, "take", key, tensor, given))
     for (name, key, tensor), roots in zip(moves, crew.group.get(taken), strict=True):
         expected = tuple(crew.roots[key, chunk] for chunk in crew.layout.chunks(tensor))

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import heapreplace
 from typing import NamedTuple
 
 from runtime.plan import Plan
@@ -85,10 +86,10 @@ class Layout:
         owners: dict[Chunk, str] = {}
         for stage, tensors in enumerate(self._homes):
             fresh = [chunk for tensor in tensors for chunk in self.chunks(tensor)]
-            load = [0] * self.plan.replicas[stage]
+            loads = [(0, replica) for replica in range(self.plan.replicas[stage])]
             for chunk in sorted(fresh, key=lambda chunk: (-self.length(chunk), chunk)):
-                replica = load.index(min(load))
-                load[replica] += self.length(chunk)
+                load, replica = loads[0]
+                heapreplace(loads, (load + self.length(chunk), replica))
                 owners[chunk] = self.plan.worker(stage, replica)
         return owners
 
@@ -103,9 +104,24 @@ class Layout:
         """The chunks that a worker owns, ascending."""
         return self._owned[worker]
 
+    @cached_property
+    def _teams(self) -> tuple[tuple[str, ...], ...]:
+        """The replicas of each stage."""
+        return tuple(map(self.plan.team, range(len(self.plan.replicas))))
+
+    @cached_property
+    def _owners_for(self) -> tuple[tuple[str, ...], ...]:
+        """The owners of chunks of what each stage holds, in the order of the plan's workers."""
+        tensors = {worker: {chunk.tensor for chunk in chunks} for worker, chunks in self._owned.items()}
+        return tuple(
+            tuple(worker for worker, owned in tensors.items() if not owned.isdisjoint(held)) for held in self.held
+        )
+
     def holders(self, chunk: Chunk) -> tuple[str, ...]:
         """The workers that hold a chunk's tensor, whose gradients are added for it."""
-        return tuple(worker for worker in self.plan.workers if chunk.tensor in self.holds(worker))
+        return tuple(
+            worker for team, held in zip(self._teams, self.held, strict=True) if chunk.tensor in held for worker in team
+        )
 
     def shared(self, owner: str, holder: str) -> tuple[Chunk, ...]:
         """The chunks that `owner` owns of tensors that `holder` holds: what travels between the two."""
@@ -114,11 +130,13 @@ class Layout:
 
     def owners_for(self, holder: str) -> tuple[str, ...]:
         """The workers that own a chunk of what `holder` holds: where its gradients go."""
-        return tuple(worker for worker in self.plan.workers if self.shared(worker, holder))
+        return self._owners_for[self.plan.place(holder)[0]]
 
     def holders_of(self, owner: str) -> tuple[str, ...]:
         """The other workers that hold a chunk of what `owner` owns: where its part of the next state goes."""
-        return tuple(worker for worker in self.plan.workers if worker != owner and self.shared(owner, worker))
+        tensors = {chunk.tensor for chunk in self.owned(owner)}
+        teams = (team for team, held in zip(self._teams, self.held, strict=True) if not tensors.isdisjoint(held))
+        return tuple(worker for team in teams for worker in team if worker != owner)
 
     def parts(self, owner: str, holder: str, keys: Sequence[str]) -> list[tuple[str, Chunk]]:
         """What `owner` sends `holder` of the next state: weights, and to the replicas of its stage all `keys`."""

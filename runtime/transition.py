@@ -3,6 +3,7 @@
 State, batch and step in; next state and a StepRecord out. Which workers there are makes no difference to either.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from runtime.feed import Batch
 from runtime.groups import Handle, ValueLost, WorkerConfig, WorkerGroup, WorkersLost
 from runtime.plan import Plan
 from runtime.program.training import TrainingProgram
-from runtime.shards import GRADIENT, WEIGHT, ChunkRoots, Layout, make_layout, tensor_entries
+from runtime.shards import GRADIENT, WEIGHT, Chunk, ChunkRoots, Layout, make_layout, tensor_entries
 from runtime.work import Pace, Work
 from storage import merkle
 from storage.codec import encode
@@ -23,13 +24,18 @@ from storage.manifest import state_root
 from storage.records import StepRecord
 
 T = TypeVar("T")
+Lost = Callable[[WorkersLost, bool], None]
+"""Has a crew go on without workers; their places may stay empty for now where it is told that units are under way."""
 VALUE_ATTEMPTS, VALUE_SECONDS = 5, 2.0
 """How often a phase is begun again because a value is gone, while no worker is known to be, and how long after."""
 
 
 @dataclass(kw_only=True)
 class Crew:
-    """Started workers that hold one state between them. `members` are the group's workers at the places of the plan."""
+    """Started workers that hold one state between them. `members` are the group's workers at the places of the plan.
+
+    While units are done some of the places may be empty; for all else there is somebody at each.
+    """
 
     group: WorkerGroup
     program: TrainingProgram
@@ -37,6 +43,8 @@ class Crew:
     keys: tuple[str, ...]
     """What a tensor's state consists of: `weight`, then the optimiser's slots."""
     members: dict[str, str]
+    gone: dict[str, str] = field(default_factory=dict)
+    """Workers that are lost and have their places yet, with the reason: nobody calls them."""
     pace: Pace = field(default_factory=Pace)
     fixed: bool = True
     """Whether each replica takes the units that the plan gives it, and no others."""
@@ -72,21 +80,39 @@ def assemble(
     keys: str,
     threads: int,
     fixed: bool = True,
+    now: Callable[[], float] = time.monotonic,
 ) -> Crew:
     """Start a worker for each place of the plan. `programs` is the encoding of `program`; the state is not set yet."""
-    configs = {
-        worker: encode(WorkerConfig(worker=worker, plan=plan, programs=programs, seed=seed, keys=keys, threads=threads))
-        for worker in plan.workers
-    }
-    group.start(configs)
+
+    def config(worker: str) -> bytes:
+        return encode(WorkerConfig(worker=worker, plan=plan, programs=programs, seed=seed, keys=keys, threads=threads))
+
+    group.start(_Made(plan.workers, config))
     return Crew(
         group=group,
         program=program,
         layout=make_layout(plan, program),
         keys=(WEIGHT, *program.slots),
         members={worker: worker for worker in plan.workers},
+        pace=Pace(now),
         fixed=fixed,
     )
+
+
+class _Made(Mapping[str, bytes]):
+    """Values that are made when they are asked for: a plan is long, and every worker gets one of its own."""
+
+    def __init__(self, keys: Sequence[str], make: Callable[[str], bytes]) -> None:
+        self._keys, self._make = keys, make
+
+    def __getitem__(self, key: str) -> bytes:
+        return self._make(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
 # ------------------------------------------------------------------------------------------------------------ state
@@ -122,7 +148,7 @@ def place(crew: Crew, arrays: Mapping[str, np.ndarray]) -> None:
                 f"{array.dtype} {list(array.shape)}; take the checkpoint from another copy of the store"
             )
         shared = crew.group.share(array)
-        holders = [worker for worker in crew.workers if tensor in crew.layout.holds(worker)]
+        holders = crew.layout.holders(Chunk(tensor, 0))
         handles += [crew.call(worker, "load", key, tensor, shared) for worker in holders]
     crew.group.get(handles)
     crew.roots = {}
@@ -184,7 +210,7 @@ def train_step(
     batch: Batch,
     validation: Sequence[Batch] = (),
     events: list[str] | None = None,
-    lost: Callable[[WorkersLost], None] | None = None,
+    lost: Lost | None = None,
 ) -> tuple[StepRecord, tuple[bytes, ...]]:
     """The record of one step and its signed receipts; the crew holds the next state.
 
@@ -197,6 +223,8 @@ def train_step(
 
     def attempt() -> tuple[int, bytes, bytes, tuple[bytes, ...]]:
         losses = work.run()
+        if crew.gone:  # their places are given up once for all of them
+            raise WorkersLost(crew.gone)
         exponent, gradient_root = _reduce(crew, step)
         loss = sum(crew.group.get(losses))
         squares = sum(crew.gather("squares", exponent))
@@ -220,9 +248,7 @@ def train_step(
     return record, receipts
 
 
-def going_on(
-    crew: Crew, act: Callable[[], T], lost: Callable[[WorkersLost], None] | None, work: Work | None = None
-) -> T:
+def going_on(crew: Crew, act: Callable[[], T], lost: Lost | None, work: Work | None = None) -> T:
     """What `act` returns, done again while workers are lost and the crew can go on without them."""
     values = 0
     while True:
@@ -241,13 +267,13 @@ def going_on(
             _without(error, lost, work)
 
 
-def _without(error: WorkersLost, lost: Callable[[WorkersLost], None], work: Work | None) -> None:
+def _without(error: WorkersLost, lost: Lost, work: Work | None) -> None:
     """Have the crew go on without some workers, and without those that are lost meanwhile."""
     while True:
         if work:
             work.forget(error.lost)
         try:
-            return lost(error)
+            return lost(error, work is not None and not work.done)
         except WorkersLost as further:
             error = further
 

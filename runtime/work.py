@@ -1,8 +1,9 @@
 """The units of one step on the workers of a crew: who takes what, when, and again where a worker is lost.
 
 A unit is a micro-batch through a stage: forward, and backward on the same replica (in the last stage both are one
-call). A replica of the stage takes the next unit when it would finish it first, so fast ones take more. Backward goes
-before forward, and a replica begins no more units than its stage is from the end (1F1B). Nothing here can change a bit.
+call). A replica of the stage takes the next unit as soon as it has not enough to do, so fast ones take more; near the
+end of a step only where the others would not have done all of them before it has. Backward goes before forward, and a
+replica begins no more units than its stage is from the end (1F1B). Nothing here can change a bit.
 """
 
 import time
@@ -10,10 +11,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cache, partial
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import Any, Protocol
 
+import numpy as np
+
 from runtime.feed import Batch
-from runtime.groups import Handle, ValueLost, WorkerGroup, WorkersLost
+from runtime.groups import Handle, ValueLost, WorkerGroup, WorkersLost, WrongValue
 from runtime.plan import Plan
 from storage.errors import FailureError
 
@@ -23,6 +28,8 @@ POLL = 0.5
 """Seconds after which unfinished calls are looked at."""
 PATIENCE, FIRST_PATIENCE = 20.0, 600.0
 """Seconds that a call may take whatever its length, and where nobody has made such a call before (it is compiled)."""
+BRIEF = 1e-6
+"""Seconds that a unit takes at least."""
 SLACK = 10.0
 """How many times the expected time a call may take before its worker is taken for hung."""
 
@@ -33,6 +40,8 @@ class Team(Protocol):
     group: WorkerGroup
     members: dict[str, str]
     """The group's worker at each place of the plan."""
+    gone: dict[str, str]
+    """Workers that have a place and are lost."""
     pace: "Pace"
     fixed: bool
     """Whether each replica takes what the plan's `units` say and nothing else."""
@@ -47,28 +56,35 @@ class Pace:
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.now = now
-        self._seconds: dict[tuple[str, str, int], float] = {}
+        self._seconds: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
+        """By method and stage, then by worker."""
+        self._sums: dict[tuple[str, int], float] = defaultdict(float)
 
     def note(self, worker: str, method: str, stage: int, seconds: float) -> None:
         """One call took so long."""
-        place = worker, method, stage
-        self._seconds[place] = (self._seconds.get(place, seconds) + seconds) / 2
+        of = self._seconds[method, stage]
+        before = of.get(worker)
+        of[worker] = seconds if before is None else (before + seconds) / 2
+        self._sums[method, stage] += of[worker] - (before or 0.0)
 
     def known(self, method: str, stage: int) -> float | None:
         """The longest of what workers are expected to take for a call; None where none has made it yet."""
-        return max((s for (_, m, at), s in self._seconds.items() if (m, at) == (method, stage)), default=None)
+        return max(self._seconds[method, stage].values(), default=None)
 
     def seconds(self, worker: str, method: str, stage: int) -> float:
         """What a worker is expected to take: as the others where it has not made such a call, 1 where nobody has."""
-        known = self._seconds.get((worker, method, stage))
+        of = self._seconds[method, stage]
+        known = of.get(worker)
         if known is not None:
             return known
-        others = [s for (_, m, at), s in self._seconds.items() if (m, at) == (method, stage)]
-        return sum(others) / len(others) if others else 1.0
+        return self._sums[method, stage] / len(of) if of else 1.0
 
     def forget(self, workers: Collection[str]) -> None:
         """These workers are gone."""
-        self._seconds = {place: s for place, s in self._seconds.items() if place[0] not in workers}
+        for place, of in self._seconds.items():
+            for worker in workers:
+                of.pop(worker, None)
+            self._sums[place] = sum(of.values())
 
 
 class State(IntEnum):
@@ -106,6 +122,56 @@ class Call:
     again: bool = False
 
 
+class Line:
+    """A stage's replicas that may be given a unit, in the order in which each would finish it.
+
+    `end` says when a replica would, and how many units it has begun, which decides between equal ones; None where it
+    has enough to do. While nothing happens to it that only gets later, so what was noted is a lower bound, looked at
+    again when it is the least; of all else `moved` tells.
+    """
+
+    def __init__(self, team: Sequence[str], end: Callable[[str], tuple[float, int] | None], rate: float) -> None:
+        self.rate = rate
+        """Units a second that they do together, about."""
+        self._end = end
+        self._rank = {worker: rank for rank, worker in enumerate(team)}
+        self._noted: dict[str, tuple[float, int, int, str]] = {}
+        self._heap: list[tuple[float, int, int, str]] = []
+        for worker in team:
+            self.moved(worker)
+
+    @property
+    def busy(self) -> list[str]:
+        """The replicas that have enough to do."""
+        return [worker for worker in self._rank if worker not in self._noted]
+
+    def first(self) -> tuple[str, float] | None:
+        """The replica that would finish a unit first, and when; None where all have enough to do."""
+        while self._heap:
+            least = self._heap[0]
+            worker = least[-1]
+            if self._noted.get(worker) is not least:
+                heappop(self._heap)
+            elif (found := self._entry(worker)) == least:
+                return worker, least[0]
+            elif found is not None:
+                self._noted[worker] = found
+                heapreplace(self._heap, found)
+        return None
+
+    def moved(self, worker: str) -> None:
+        """A replica was given something, or has finished it."""
+        if worker in self._rank:
+            self._noted.pop(worker, None)
+            if (found := self._entry(worker)) is not None:
+                self._noted[worker] = found
+                heappush(self._heap, found)
+
+    def _entry(self, worker: str) -> tuple[float, int, int, str] | None:
+        end = self._end(worker)
+        return end and (*end, self._rank[worker], worker)
+
+
 @dataclass(kw_only=True)
 class Work:
     """Some micro-batches of one step, from their inputs to their losses and gradient sums."""
@@ -121,6 +187,17 @@ class Work:
     """How many units each worker has begun and not finished."""
     _free: dict[str, float] = field(init=False, default_factory=dict)
     """When each worker was last seen to finish something."""
+    _waiting: list[list[int]] = field(init=False)
+    """The micro-batches that may be begun in each stage: a heap, of which some may have been begun already."""
+    _unbegun: list[int] = field(init=False)
+    """How many units nobody has begun in each stage."""
+    _between: list[dict[int, Unit]] = field(init=False)
+    """Those that each stage has done forward and not begun backward."""
+    _failed: str = field(init=False, default="")
+    """The worker that was dismissed because its calls failed."""
+    _lines: dict[int, Line] = field(init=False, default_factory=dict)
+    _busy: dict[int, tuple[np.ndarray, np.ndarray]] = field(init=False, default_factory=dict)
+    """When each stage's replicas that have enough to do are done with it, and their seconds a unit, as of now."""
 
     def __post_init__(self) -> None:
         stages = range(len(self.team.plan.stages))
@@ -129,9 +206,19 @@ class Work:
         self._parts = {m: self.batch.micro_batch(m, of) for m in self.micro_batches}
         self._last = len(stages) - 1
         self._left = len(self.units)
+        self._now = self.team.pace.now()
+        self._waiting = [sorted(self.micro_batches) if stage == 0 else [] for stage in stages]
+        self._unbegun = [len(self.micro_batches) for _ in stages]
+        self._between = [{} for _ in stages]
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do, as long as nobody is lost."""
+        return not self._left
 
     def run(self) -> list[Handle]:
         """Go on until every unit is done; handles of the losses. WorkersLost: `forget` them, then run again."""
+        self._lines = {}  # who there is may have changed, and so may have what each has to do
         while self._left:
             self._issue()
             self._collect()
@@ -142,31 +229,52 @@ class Work:
         for unit in self.units.values():
             if unit.worker in workers:
                 self._left += unit.state == State.DONE
+                self._between[unit.stage].pop(unit.micro_batch, None)
                 unit.worker, unit.state, unit.y, unit.dx, unit.loss = "", State.WAITING, None, None, None
+                self._wait(unit)
         for worker in workers:
             self.calls.pop(worker, None)
             self._begun.pop(worker, None)
 
+    def _wait(self, unit: Unit) -> None:
+        """Nobody has begun a unit any more."""
+        self._unbegun[unit.stage] += 1
+        heappush(self._waiting[unit.stage], unit.micro_batch)
+
     # ----------------------------------------------------------------------------------------------------- giving out
 
     def _issue(self) -> None:
+        self._now = self.team.pace.now()  # one moment for all that is compared
         for stage in range(self._last, -1, -1):
-            mine = [self.units[stage, m] for m in self.micro_batches]
-            for unit in mine:
-                open_to_it = unit.state == State.BETWEEN and len(self.calls[unit.worker]) < DEPTH
-                if open_to_it and self._dy(unit) is not None:
+            between = self._between[stage]
+            for unit in [between[m] for m in sorted(between)]:
+                if len(self.calls[unit.worker]) < DEPTH and self._dy(unit) is not None:
                     self._backward(unit)
-            for unit in mine:
-                if unit.state == State.WAITING and (x := self._x(unit)) is not None:
-                    worker = self._choose(unit)
-                    if worker is None:
-                        if self.team.fixed:
-                            continue
-                        break
+            self._begin_some(stage)
+
+    def _begin_some(self, stage: int) -> None:
+        """Have units of a stage begun that can be, as long as there are replicas for them."""
+        self._busy.pop(stage, None)
+        waiting, later = self._waiting[stage], []
+        while waiting:
+            unit = self.units[stage, waiting[0]]
+            if unit.state == State.WAITING:
+                if (x := self._x(unit)) is None:
+                    later.append(waiting[0])
+                elif (worker := self._choose(unit)) is not None:
                     self._forward(unit, worker, x)
+                elif self.team.fixed:
+                    later.append(waiting[0])
+                else:
+                    break
+            heappop(waiting)
+        if later:
+            waiting += later
+            heapify(waiting)
 
     def _forward(self, unit: Unit, worker: str, x: Any) -> None:
         unit.worker = worker
+        self._unbegun[unit.stage] -= 1
         self._begun[worker] += 1
         if unit.stage == self._last:
             unit.state = State.BACKWARD
@@ -177,6 +285,7 @@ class Work:
 
     def _backward(self, unit: Unit) -> None:
         unit.state = State.BACKWARD
+        del self._between[unit.stage][unit.micro_batch]
         self._call(unit, "backward", self._dy(unit))
 
     def _call(self, unit: Unit, method: str, *args: Any, returns: int | None = None, again: bool = False) -> None:
@@ -185,6 +294,11 @@ class Work:
         results = (made,) if returns is None else tuple(made)
         call = Call(unit=unit, worker=unit.worker, method=method, results=results, since=since, again=again)
         self.calls[unit.worker].append(call)
+        self._moved(unit.worker)
+
+    def _moved(self, worker: str) -> None:
+        for line in self._lines.values():
+            line.moved(worker)
 
     def _x(self, unit: Unit) -> Any:
         """What a unit takes, None where it is not there yet."""
@@ -215,28 +329,63 @@ class Work:
             self._call(unit, "gradient", x, None, dy, again=True)
 
     def _choose(self, unit: Unit) -> str | None:
-        """The replica that would finish the unit first; None while that one has enough to do."""
+        """Of the replicas that have not enough to do the one that would finish the unit first.
+
+        None where the others are expected to have done all units by then.
+        """
         plan, members = self.team.plan, self.team.members
         stage = unit.stage
         if self.team.fixed:
             worker = members[plan.worker(stage, plan.units[stage][unit.micro_batch])]
             return worker if self._open(worker, stage) else None
-        pace = self.team.pace
-        methods = ("last",) if stage == self._last else ("forward", "backward")
-        team = [members[place] for place in plan.team(stage)]
-        ends = {w: self._busy(w) + sum(pace.seconds(w, method, stage) for method in methods) for w in team}
-        best = min(team, key=lambda worker: (ends[worker], self._begun[worker]))
-        return best if self._open(best, stage) else None
+        if stage not in self._lines:
+            team = [members[place] for place in plan.team(stage) if members[place] not in self.team.gone]
+            rate = sum(1 / self._unit(stage, worker) for worker in team)
+            self._lines[stage] = Line(team, partial(self._end, stage), rate)
+        line = self._lines[stage]
+        if (first := line.first()) is None:
+            return None
+        worker, end = first
+        left = self._unbegun[stage]
+        if left > (end - self._now) * line.rate:
+            return worker
+        if stage not in self._busy:
+            others = line.busy
+            idle, units = [self._idle(other) for other in others], [self._unit(stage, other) for other in others]
+            self._busy[stage] = np.array(idle), np.array(units)
+        idle_R, unit_R = self._busy[stage]
+        done = np.maximum(np.ceil((end - idle_R) / unit_R) - 1, 0).sum()
+        return worker if done < left else None
+
+    def _end(self, stage: int, worker: str) -> tuple[float, int] | None:
+        """(when a worker is expected to finish one more unit of the stage, how many units it has begun).
+
+        None while it has enough to do.
+        """
+        if not self._open(worker, stage):
+            return None
+        return self._idle(worker) + self._unit(stage, worker), self._begun[worker]
+
+    def _unit(self, stage: int, worker: str) -> float:
+        """Seconds that a worker is expected to take for a unit of the stage."""
+        seconds = self.team.pace.seconds
+        if stage == self._last:
+            return max(seconds(worker, "last", stage), BRIEF)
+        return max(seconds(worker, "forward", stage) + seconds(worker, "backward", stage), BRIEF)
 
     def _open(self, worker: str, stage: int) -> bool:
         most = DEPTH if stage == self._last else max(2, self._last + 1 - stage)
         return len(self.calls[worker]) < DEPTH and self._begun[worker] < most
 
-    def _busy(self, worker: str) -> float:
-        """Seconds until a worker is expected to be done with what it has."""
+    def _idle(self, worker: str) -> float:
+        """When a worker is expected to be done with what it has."""
         mine = self.calls[worker]
-        total = sum(self.team.pace.seconds(worker, call.method, call.unit.stage) for call in mine)
-        return max(total - (self.team.pace.now() - self._began(mine[0])), 0.0) if mine else 0.0
+        if not mine:
+            return self._now
+        end = self._began(mine[0])
+        for call in mine:
+            end += self.team.pace.seconds(worker, call.method, call.unit.stage)
+        return max(end, self._now)
 
     def _began(self, call: Call) -> float:
         return max(call.since, self._free.get(call.worker, call.since))
@@ -244,15 +393,20 @@ class Work:
     # ---------------------------------------------------------------------------------------------------- taking in
 
     def _collect(self) -> None:
-        """Take in what is finished. WorkersLost where a worker takes far longer than it should."""
+        """Take in what is finished. WorkersLost where a worker is lost, fails or takes far longer than it should."""
         calls = [call for queue in self.calls.values() for call in queue]
         finished = self.team.group.wait([call.results[0] for call in calls], POLL)
         if not finished:
             self._look_for_hung()
         errors = [self._take(calls[number], error) for number, error in finished]
+        lost: dict[str, str] = {}
         for error in errors:
-            if error is not None:
+            if isinstance(error, WorkersLost):
+                lost |= error.lost
+            elif error is not None:
                 raise error
+        if lost:
+            raise WorkersLost(lost)
 
     def _take(self, call: Call, error: FailureError | None) -> FailureError | None:
         """Note what a call gave; the error that is not for us to deal with."""
@@ -261,24 +415,47 @@ class Work:
         if error is None:
             self.team.pace.note(call.worker, call.method, unit.stage, now - self._began(call))
         self._free[call.worker] = now
-        if isinstance(error, ValueLost):
+        if error is None:
+            self._taken(call)
+        elif isinstance(error, ValueLost):
             self._undo(call)
-            return None
-        if error is not None:
-            return error
+            error = None
+        elif isinstance(error, WrongValue):
+            step = 1 if call.method == "backward" else -1
+            giver = self.units[unit.stage + step, unit.micro_batch].worker
+            self._undo(call)
+            error = WorkersLost({giver: f"it {error}"}) if giver else None
+        elif self._may_dismiss(call, error):
+            self._failed = call.worker
+            error = WorkersLost({call.worker: f"dismissed: {error}"})
+        self._moved(call.worker)
+        return error
+
+    def _may_dismiss(self, call: Call, error: FailureError) -> bool:
+        """Whether other replicas are to try what failed. Where two workers fail in a step it is not their fault."""
+        team = self.team
+        if team.fixed or isinstance(error, WorkersLost) or self._failed not in ("", call.worker):
+            return False
+        return sum(team.members[place] not in team.gone for place in team.plan.team(call.unit.stage)) > 1
+
+    def _taken(self, call: Call) -> None:
+        """Note the results of a call."""
+        unit = call.unit
         match call.method:
             case "forward" | "output":
                 (unit.y,) = call.results
+                heappush(self._waiting[unit.stage + 1], unit.micro_batch)
             case "backward" | "gradient":
                 (unit.dx,) = call.results
             case "last":
                 unit.loss, unit.dx = call.results
         if not call.again:
             unit.state = State(unit.state + 1)
-            if unit.state == State.DONE:
+            if unit.state == State.BETWEEN:
+                self._between[unit.stage][unit.micro_batch] = unit
+            elif unit.state == State.DONE:
                 self._left -= 1
                 self._begun[unit.worker] -= 1
-        return None
 
     def _undo(self, call: Call) -> None:
         """A call was not made because something that it takes is gone: that is made again, and then this is."""
@@ -289,15 +466,18 @@ class Work:
             self.units[unit.stage + 1, unit.micro_batch].dx = None
         if call.method == "backward":
             unit.state = State.BETWEEN
+            self._between[unit.stage][unit.micro_batch] = unit
         elif not call.again:
             self._begun[unit.worker] -= 1
             unit.worker, unit.state = "", State.WAITING
+            self._wait(unit)
 
     def _look_for_hung(self) -> None:
         """WorkersLost naming those whose oldest call has taken far longer than anybody should."""
         pace, late = self.team.pace, {}
+        longest = cache(pace.known)
         for worker, (call, *_) in ((worker, queue) for worker, queue in self.calls.items() if queue):
-            known = pace.known(call.method, call.unit.stage)
+            known = longest(call.method, call.unit.stage)
             allowed = FIRST_PATIENCE if known is None else max(PATIENCE, SLACK * known)
             taken = pace.now() - self._began(call)
             if taken > allowed:

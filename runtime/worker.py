@@ -5,7 +5,7 @@ integers (`runtime.integers`), so it is free who adds what, and when.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from runtime import memory
-from runtime.groups import WorkerConfig
+from runtime.groups import WorkerConfig, WrongValue
 from runtime.integers import ExactSum, sum_exactly
 from runtime.places import StepFault, at
 from runtime.plan import Plan
 from runtime.program.executor import Executor
 from runtime.program.training import TrainingProgram
+from runtime.program.types import NUMPY, Type
 from runtime.shards import GRADIENT, WEIGHT, Chunk, ChunkRoots, make_layout
 from storage import merkle
 from storage.codec import NO_DIGEST, decode, encode
@@ -89,12 +90,13 @@ class StageWorker:
     def initialise(self) -> tuple[Any, ...]:
         """(chunk roots of the owned initial state, then its parts for each of `layout.holders_of(self)`)."""
         self._next = {}
+        self._slots = {place: np.zeros(array.size, np.float32) for place, array in self._slots.items()}
         for chunk in self._layout.owned(self._id):
             length = self._layout.length(chunk)
             rng = self._rng(step=0, micro_batch=0, place=chunk.tensor, offset=chunk.offset)
             with at(f"initial weights/{self._place(chunk)}"):
                 (weight,) = self._arrays(self._program.init_program(chunk.tensor, length), [rng])
-            self._made(chunk, [weight, *(np.zeros(length, np.float32) for _ in self._program.slots)])
+            self._made(chunk, {WEIGHT: weight})
         return self._published()
 
     def load(self, key: str, tensor: int, array: np.ndarray) -> None:
@@ -183,6 +185,7 @@ class StageWorker:
 
     def backward(self, step: int, micro_batch: int, dy: np.ndarray) -> np.ndarray | None:
         """The gradient of the stage's input (None for the first); the weights' gradients join this worker's sums."""
+        _require("dy", dy, self._program.kind_of(self._blocks[-1]).backward.inputs[-1][1])
         dx = self._backward(step, micro_batch, self._executor.put(dy))
         self._note(step, micro_batch, dy=dy, dx=dx)
         return dx
@@ -222,6 +225,8 @@ class StageWorker:
 
     def _forward(self, step: int, micro_batch: int, x: np.ndarray) -> Any:
         self._begin(step)
+        if self._stage:
+            _require("x", x, self._program.kind_of(self._blocks[0]).forward.inputs[-2][1])
         kept = self._kept[micro_batch] = []
         handle = self._executor.put(x)
         for block in self._blocks:
@@ -374,7 +379,7 @@ class StageWorker:
             with at(f"step {step}/update/{self._place(chunk)}"):
                 results = self._arrays(program, [*handles, self._totals.pop(chunk), *scalars])
                 _finite(results, self._keys, chunk.offset)
-            self._made(chunk, results)
+            self._made(chunk, dict(zip(self._keys, results, strict=True)))
         return self._published()
 
     def store(self, *parts: Parts) -> None:
@@ -387,9 +392,9 @@ class StageWorker:
         self._apply()
         self._renew()
 
-    def _made(self, chunk: Chunk, arrays: Sequence[np.ndarray]) -> None:
+    def _made(self, chunk: Chunk, arrays: Mapping[str, np.ndarray]) -> None:
         """The next state of an owned chunk; it is kept at once where no worker can be lost without the whole step."""
-        self._next |= {(key, chunk): array for key, array in zip(self._keys, arrays, strict=True)}
+        self._next |= {(key, chunk): array for key, array in arrays.items()}
         if max(self._plan.replicas) == 1:
             self._apply()
 
@@ -463,6 +468,13 @@ class StageWorker:
 
     def _rng(self, *, step: int, micro_batch: int, place: int, offset: int) -> Any:
         return self._executor.put(np.array([*self._key, step, micro_batch, place, offset], np.int64))
+
+
+def _require(what: str, array: Any, expected: Type) -> None:
+    """WrongValue where a worker was given an array of another type."""
+    if not isinstance(array, np.ndarray) or array.dtype != NUMPY[expected.dtype] or array.shape != expected.shape:
+        got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise WrongValue(f"gave {what} as {got}, expected {expected}; nothing of that worker is used any more")
 
 
 def _finite(arrays: Sequence[np.ndarray], names: Sequence[str], offset: int) -> None:

@@ -153,8 +153,12 @@ def audit_unit(
     if stage is None:
         right = f"a worker of {len(receipt.bounds) - 1} stages of {receipt.replicas} replicas"
         return Diverged(path=f"{path}/worker", expected=right, actual=printable(worker)), 0
-    if not units or max(units) >= program.micro_batches or sorted(set(units)) != units:
+    if any(unit >= program.micro_batches for unit in units) or sorted(set(units)) != units:
         return Diverged(path=f"{path}/units", expected="micro-batches of the step", actual=printable(str(units))), 0
+    if not units:  # one that came late, or that others were quicker than
+        root = merkle.list_root(())
+        found = Diverged(path=f"{path}/gradient_root", expected=root.hex(), actual=receipt.gradient_root.hex())
+        return None if receipt.gradient_root == root else found, 0
     count = len(receipt.bounds) - 1
     plan = Plan(bounds=receipt.bounds, replicas=(1,) * count, units=((0,) * program.micro_batches,) * count)
     replay, alone = make(plan), plan.worker(stage, 0)

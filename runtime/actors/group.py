@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import ray
@@ -105,6 +106,7 @@ class RayGroup:
         self._timeout = timeout
         self._silence = silence
         self._members: dict[str, _Member] = {}
+        self._changing = Lock()  # workers are started in threads of their own
         self._share = 0.0
         self._scanned = 0.0
 
@@ -127,7 +129,8 @@ class RayGroup:
             for member in fresh.values():
                 ray.kill(member.actor)
             raise
-        self._members = self._members | fresh
+        with self._changing:
+            self._members = self._members | fresh
 
     def _all(self, references: dict[str, Any]) -> dict[str, Any]:
         """The values by worker, within the time limit."""
@@ -263,7 +266,8 @@ class RayGroup:
         """See WorkerGroup. A process that stands still is ended by its host."""
         names = list(self._members) if workers is None else [name for name in workers if name in self._members]
         members = [self._members[name] for name in names]
-        self._members = {name: member for name, member in self._members.items() if name not in names}
+        with self._changing:
+            self._members = {name: member for name, member in self._members.items() if name not in names}
         for member in members:
             with suppress(RayError, ValueError):
                 ray.kill(member.actor)

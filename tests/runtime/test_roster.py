@@ -10,6 +10,8 @@ import pytest
 from runtime.controller import Assembled, Changed, Controller, Elastic, Ended, Event, Stepped
 from runtime.executors import reference
 from runtime.groups import Handle, LocalGroup, ValueLost, WorkersLost
+from runtime.places import StepFault
+from runtime.plan import Plan
 from runtime.segments import History
 from runtime.testing import local_group, plan_for, tiny_job, train
 from runtime.worker import StageWorker, worker_builder
@@ -17,6 +19,9 @@ from storage.codec import decode, encode
 from storage.errors import FailureError
 from storage.records import Receipt, facts_free
 from storage.store import Store, memory_store
+from verification.compare import judge
+from verification.replay import Replay
+from verification.units import audit_unit
 
 FAST = {"patience": 2.0}
 
@@ -247,16 +252,90 @@ def test_a_host_that_leaves_is_let_go_between_steps(
 
 
 def test_receipts_of_a_disturbed_step_cover_every_unit_once(tmp_path: Any) -> None:
-    group = LossyGroup({90: ["s1r1"]}, places=0)
+    group = LossyGroup({150: ["s1r1"]}, places=0)
     _, store, _ = elastic(group, stages=2, replicas=2, keys=str(tmp_path))
     history = History.open(store, "tiny")
     items = [item for segment in history.segments() for item in history.items(segment.receipts_object)]
     for step in range(5):
-        mine = [receipt for receipt in (decode(Receipt, item) for item in items) if receipt.step == step]
+        mine = [receipt for receipt in map(decode_receipt, items) if receipt.step == step]
         for stage in "01":
             team = [receipt for receipt in mine if receipt.worker[1] == stage]
             assert sorted(unit.micro_batch for receipt in team for unit in receipt.units) == [0, 1, 2, 3]
             assert {receipt.replicas for receipt in team} == {len(team)}
+
+    def replay(plan: Plan | None) -> Replay:
+        return Replay(store, history.run, build=worker_builder(reference), plan=plan)
+
+    assert len({receipt.worker for receipt in map(decode_receipt, items)}) == 4
+    for step in range(5):  # what each worker signed is what a replay of its units gives
+        assert judge(history, step // 2, step, replay).agrees
+    for worker in ("s0r0", "s0r1", "s1r0"):
+        assert audit_unit(history, history.segments(), 1, worker, replay)[0] is None
+
+
+def decode_receipt(item: bytes) -> Receipt:
+    return decode(Receipt, item)
+
+
+class Sick(StageWorker):
+    """Fails at everything where it began as `s0r1` and last; gives what nobody can use where it began as `s1r0`."""
+
+    everywhere = False
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self._first = self._id
+
+    def last(self, step: int, micro_batch: int, x: np.ndarray, target: np.ndarray) -> tuple[int, np.ndarray | None]:
+        if self.everywhere or self._first == "s0r1":
+            raise StepFault("a bit is wrong here")
+        loss, dx = super().last(step, micro_batch, x, target)
+        return loss, dx if self._first != "s1r0" or dx is None else dx[:-1]
+
+
+class Hopeless(Sick):
+    everywhere = True
+
+
+class TellingGroup(LossyGroup):
+    """Its workers' faults come out when their results are due, as Ray's do."""
+
+    def call(self, worker: str, method: str, *args: Any, returns: int | None = None) -> Any:
+        try:
+            return super().call(worker, method, *args, returns=returns)
+        except FailureError as error:
+            if isinstance(error, WorkersLost):
+                raise
+            return Told(error) if returns is None else (Told(error),) * returns
+
+    def wait(self, handles: Sequence[Handle], timeout: float) -> list[tuple[int, FailureError | None]]:
+        finished = super().wait(handles, timeout)
+        return [(n, handles[n].error if isinstance(handles[n], Told) else error) for n, error in finished]
+
+
+class Told:
+    """A fault that is told later."""
+
+    def __init__(self, error: FailureError) -> None:
+        self.error = error
+
+
+def test_a_worker_that_fails_alone_is_dismissed(honest: tuple[Ended, list[bytes]]) -> None:
+    ended, store, seen = elastic(TellingGroup(kind=Sick, places=0), replicas=3)
+    assert (ended, facts(store)) == honest
+    assert [event.what for event in seen if isinstance(event, Changed)] == ["lost s0r1: dismissed: a bit is wrong here"]
+
+
+def test_whoever_gave_a_wrong_shape_is_dismissed(honest: tuple[Ended, list[bytes]]) -> None:
+    ended, store, seen = elastic(TellingGroup(kind=Sick, places=0), stages=2, replicas=2)
+    assert (ended, facts(store)) == honest
+    (told,) = [event.what for event in seen if isinstance(event, Changed)]
+    assert told.startswith("lost s1r0: it gave dy as float32 [0, 8, 8], expected f32[1, 8, 8]")
+
+
+def test_a_unit_that_fails_everywhere_is_the_runs_own_fault() -> None:
+    with pytest.raises(StepFault, match="a bit is wrong here"):
+        elastic(TellingGroup(kind=Hopeless, places=0), replicas=3)
 
 
 class Unsound(StageWorker):

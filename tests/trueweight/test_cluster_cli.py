@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -354,3 +355,52 @@ def test_up_run_down_over_ssh(lab: Lab, told: Callable[..., tuple[int, Any]]) ->
     code, answer = told("down", str(lab.file()), "--grace", "0")
     assert (code, sorted(answer["stopped"])) == (0, ["one", "two"])
     assert security.known(f"{lab.names['one']}:6379", str(lab.folder / "kept")) is None
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_a_slow_link_and_a_partition_that_heals_change_no_bit(lab: Lab, told: Callable[..., tuple[int, Any]]) -> None:
+    code, answer = told("up", str(lab.file()))
+    assert code == 0, answer
+    folder, wide = lab.folder / "partition", ("--executor", "reference", "--json")
+    folder.mkdir()
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "long.toml").write_text(TINY.replace("steps = 5", "steps = 24"), encoding="utf-8")
+    trueweight = (sys.executable, "-m", "trueweight", "run", str(folder / "long.toml"))
+    alone = lab.inside("one", *trueweight, "--local", "--store", str(folder / "alone"), *wide)
+    for name in lab.names:
+        slow_link(f"{lab.prefix}{name}")
+    reachable = f"{lab.names['one']}:6379"
+    command = [*trueweight, "--address", reachable, "--replicas", "2", "--store", str(folder / "store"), *wide]
+    (lab.folder / ".trueweight").mkdir(exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (lab.folder / ".trueweight" / "cluster").symlink_to(lab.folder / "kept")
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(lab.inside, "one", *command)
+        diary = folder / "store" / "runs" / "tiny" / "events.jsonl"
+        await_lines(diary, "stepped", 5)
+        run("ip", "-n", f"{lab.prefix}two", "link", "set", "eth0", "down")
+        await_lines(diary, "changed", 1)
+        run("ip", "-n", f"{lab.prefix}two", "link", "set", "eth0", "up")
+        done = running.result()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["state"] == json.loads(alone.stdout)["state"]
+    events = [json.loads(line) for line in diary.read_text().splitlines()]
+    assert next(event["what"] for event in events if event["event"] == "changed").startswith("lost s0r")
+    told("down", str(lab.file()), "--grace", "0")
+
+
+def slow_link(namespace: str) -> None:
+    """20 Mbit/s, and 10 ms where the kernel has netem (that of some machines has not)."""
+    link = ["tc", "-n", namespace, "qdisc", "add", "dev", "eth0", "root"]
+    if subprocess.run([*link, "netem", "delay", "10ms", "rate", "20mbit"], capture_output=True, check=False).returncode:
+        run(*link, "tbf", "rate", "20mbit", "burst", "32k", "latency", "200ms")
+
+
+def await_lines(diary: Path, event: str, count: int) -> None:
+    """Return once the diary has so many events of a kind."""
+    end = time.monotonic() + 90
+    while not diary.exists() or diary.read_text().count(f'"event": "{event}"') < count:
+        assert time.monotonic() < end, diary.read_text()[-2000:] if diary.exists() else "no diary"
+        time.sleep(0.1)

@@ -1,0 +1,322 @@
+"""Unequal, slowed and killed workers: throughput against the sum of what they can do alone, recovery, overhead.
+
+All cases train one recipe, `quickstart`'s bigger sibling, on a Ray cluster of this machine with workers of one thread.
+Step times are medians after a warm-up. A worker is slowed by stopping its process two thirds of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Goal, Row, main
+from runtime.actors.cluster import joined
+from runtime.actors.group import RayGroup
+from runtime.controller import Changed, Controller, Elastic, Event, Job, Stepped
+from runtime.executors import named
+from runtime.groups import Handle, LocalGroup, WorkerGroup
+from runtime.plan import Plan, make_plan
+from runtime.recipe import parse_recipe
+from runtime.worker import worker_builder
+from storage.errors import FailureError
+from storage.store import Store, open_store
+from trueweight.wiring import prepare_job
+
+RECIPE = """
+name = "sibling"
+seed = 1
+[model]
+family = "gpt"
+layers = 8
+width = 256
+heads = 4
+[data]
+corpus = "kjv"
+tokeniser = "bytes"
+context = 128
+[training]
+steps = 1000
+batch = 32
+micro_batches = 8
+segment = 1000
+[optimiser]
+learning_rate = 1e-3
+"""
+SLOWNESS = 3.0
+WARM = 3
+
+
+@dataclass(kw_only=True)
+class Timed:
+    """What one case's steps took, and what happened."""
+
+    seconds: list[float] = field(default_factory=list)
+    told: list[tuple[float, str]] = field(default_factory=list)
+    units: list[float] = field(default_factory=list)
+    """When units were finished."""
+
+    @property
+    def step(self) -> float:
+        """The median of the steps after the warm-up."""
+        return statistics.median(self.seconds[WARM:])
+
+
+class Watched(RayGroup):
+    """A RayGroup that notes when calls of units are seen to be finished."""
+
+    seen: Timed
+
+    def wait(self, handles: Sequence[Handle], timeout: float) -> list[tuple[int, FailureError | None]]:
+        """See RayGroup."""
+        finished = super().wait(handles, timeout)
+        self.seen.units += [time.monotonic() for _, error in finished if error is None]
+        return finished
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """A prepared job, and a cluster to train it on."""
+
+    store: Store
+    job: Job
+    cpus: float
+    steps: int
+    number: int = 0
+
+    def plan(self, *, stages: int = 1, replicas: int = 1) -> Plan:
+        """A plan for the job."""
+        blocks, units = len(self.job.program.blocks), self.job.program.micro_batches
+        return make_plan(blocks=blocks, micro_batches=units, stages=stages, replicas=replicas)
+
+    def train(
+        self,
+        group: WorkerGroup,
+        plan: Plan,
+        *,
+        elastic: Elastic | None = None,
+        watch: Callable[[Event], None] = lambda _: None,
+        timed: Timed | None = None,
+        enough: Callable[[], bool] | None = None,
+    ) -> Timed:
+        """Train until there are enough steps: `steps` after the warm-up unless `enough` says otherwise."""
+        self.number += 1
+        timed = timed or Timed()
+        last = time.monotonic()
+
+        def observe(event: Event) -> None:
+            nonlocal last
+            if isinstance(event, Stepped):
+                now = time.monotonic()
+                timed.seconds.append(now - last)
+                last = now
+            if isinstance(event, Changed):
+                timed.told.append((time.monotonic(), event.what))
+            watch(event)
+
+        done = enough or (lambda: len(timed.seconds) >= WARM + self.steps)
+        Controller(
+            store=self.store,
+            job=replace(self.job, name=f"sibling-{self.number}"),
+            group=group,
+            plan=plan,
+            elastic=elastic,
+            observe=observe,
+            stop=done,
+        ).run()
+        return timed
+
+    def group(self, workers: int) -> Watched:
+        """A group whose workers have a CPU each as far as there are any."""
+        group = Watched(cpus=self.cpus if workers <= self.cpus else workers, executor="compiled")
+        group.seen = Timed()
+        return group
+
+
+@contextmanager
+def slowed(process: int) -> Iterator[None]:
+    """A process that has a third of its time."""
+    end = threading.Event()
+
+    def duty() -> None:
+        while not end.is_set():
+            os.kill(process, signal.SIGSTOP)
+            time.sleep(0.1 * (SLOWNESS - 1) / SLOWNESS)
+            os.kill(process, signal.SIGCONT)
+            time.sleep(0.1 / SLOWNESS)
+
+    thread = threading.Thread(target=duty)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Overhead, unequal workers, a pipeline, recovery."""
+    with tempfile.TemporaryDirectory() as folder, joined() as cluster:
+        store = open_store(f"{folder}/store", create=True)
+        job = prepare_job(store, parse_recipe(RECIPE, source="sibling"), name="x", folder=Path(folder), tell=_tell)
+        bench = Bench(store=store, job=job, cpus=cluster.cpus, steps=arguments.steps)
+        yield from overhead(bench)
+        yield from unequal(bench)
+        yield from pipeline(bench)
+        yield from recovery(bench, arguments.kills)
+
+
+def overhead(bench: Bench) -> Iterator[Row]:
+    """Two workers of a core against one process, and what Ray and the controller cost each unit."""
+    plan = bench.plan()
+    alone = bench.train(LocalGroup(worker_builder(named("compiled"))), plan).step
+    one = bench.train(group := bench.group(1), plan, elastic=Elastic(membership=group)).step
+    two = bench.train(group := bench.group(2), bench.plan(replicas=2), elastic=Elastic(membership=group)).step
+    units = bench.job.program.micro_batches
+    yield Row(name="one process, a step", value=alone, unit="s")
+    yield Row(name="one Ray worker, a step", value=one, unit="s")
+    yield Row(name="two Ray workers, a step", value=two, unit="s")
+    yield Row(name="controller and Ray, a unit", value=1e3 * (one - alone) / units, unit="ms")
+    yield Row(name="two workers against one process", value=alone / two, unit="x", goal=Goal(relation=">=", limit=1.75))
+
+
+def unequal(bench: Bench) -> Iterator[Row]:
+    """One of two workers slowed: against the sum of both alone, and against equal shares."""
+    rates = {}
+    for name, victims, plan in (
+        ("fast alone", 0, bench.plan()),
+        ("slow alone", 1, bench.plan()),
+        ("both, as they finish", 1, bench.plan(replicas=2)),
+        ("both, equal shares", 1, bench.plan(replicas=2)),
+    ):
+        group = bench.group(len(plan.workers))
+        elastic = Elastic(membership=_Still(), fixed="equal" in name)
+        rates[name] = 1 / _with_slow(bench, group, plan, elastic, victims).step
+        yield Row(name=f"replicas: {name}", value=rates[name], unit="steps/s")
+    best = rates["fast alone"] + rates["slow alone"]
+    share = rates["both, as they finish"] / best
+    yield Row(name="replicas: of the sum alone", value=share, unit="", goal=Goal(relation=">=", limit=0.9))
+    yield Row(name="replicas: of the sum alone, equal shares", value=rates["both, equal shares"] / best, unit="")
+
+
+def _with_slow(bench: Bench, group: Watched, plan: Plan, elastic: Elastic, victims: int) -> Timed:
+    """The job trained with the last worker of the plan slowed from its first step on."""
+    ending: list[Callable[[], object]] = []
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Stepped) and event.record.step == 0 and victims:
+            context = slowed(group.processes()[plan.workers[-1]])
+            context.__enter__()
+            ending.append(lambda: context.__exit__(None, None, None))
+
+    timed = Timed()
+
+    def enough() -> bool:
+        done = len(timed.seconds) >= WARM + bench.steps
+        if done and ending:
+            ending.pop()()
+        return done
+
+    return bench.train(group, plan, elastic=elastic, watch=watch, timed=timed, enough=enough)
+
+
+class _Still:
+    """Machines that never change."""
+
+    def room(self) -> int:
+        """None."""
+        return 0
+
+    def leaving(self) -> dict[str, str]:
+        """Nobody."""
+        return {}
+
+
+class Clocked(LocalGroup):
+    """Workers in this process, with the seconds of each one's calls by method."""
+
+    def __init__(self) -> None:
+        super().__init__(worker_builder(named("compiled")))
+        self.seconds: dict[tuple[str, str], list[float]] = {}
+
+    def call(self, worker: str, method: str, *args: Any, returns: int | None = None) -> Any:
+        """See LocalGroup."""
+        began = time.monotonic()
+        value = super().call(worker, method, *args, returns=returns)
+        self.seconds.setdefault((worker, method), []).append(time.monotonic() - began)
+        return value
+
+
+def pipeline(bench: Bench) -> Iterator[Row]:
+    """Two stages against (B - 1) max t + sum t + the rest, t being what a unit takes each stage in one process."""
+    plan, units = bench.plan(stages=2), bench.job.program.micro_batches
+    clocked = Clocked()
+    bench.train(clocked, plan)
+    medians = {place: statistics.median(seconds) for place, seconds in clocked.seconds.items()}
+    each, rest = dict.fromkeys(plan.workers, 0.0), dict.fromkeys(plan.workers, 0.0)
+    for (worker, method), seconds in medians.items():
+        if method in ("forward", "last", "backward"):
+            each[worker] += seconds
+        elif method in ("gradients", "reduce", "squares", "update", "store", "commit"):
+            rest[worker] += seconds
+    bound = (units - 1) * max(each.values()) + sum(each.values()) + max(rest.values())
+    step = bench.train(bench.group(2), plan, elastic=Elastic(membership=_Still())).step
+    yield Row(name="two stages: a unit in the slower stage", value=max(each.values()), unit="s")
+    yield Row(name="two stages: the bubble's bound, a step", value=bound, unit="s")
+    yield Row(name="two stages, a step", value=step, unit="s")
+    yield Row(name="two stages: of the bound", value=bound / step, unit="", goal=Goal(relation=">=", limit=0.85))
+
+
+def recovery(bench: Bench, kills: int) -> Iterator[Row]:
+    """From SIGKILL of a replica until it is noticed, to the next finished unit, and until a new worker takes part."""
+    group = bench.group(2)
+    killed: list[float] = []
+    timed = Timed()
+
+    def watch(event: Event) -> None:
+        joined_again = sum(what.startswith("joined") for _, what in timed.told) == len(killed)
+        if isinstance(event, Stepped) and event.record.step >= WARM and joined_again and len(killed) < kills:
+            killed.append(time.monotonic())
+            os.kill(group.processes()[sorted(group.processes())[-1]], signal.SIGKILL)
+
+    def enough() -> bool:
+        return len([what for _, what in timed.told if what.startswith("joined")]) >= kills
+
+    bench.train(
+        group, bench.plan(replicas=2), elastic=Elastic(membership=group), watch=watch, timed=timed, enough=enough
+    )
+    lost = [when for when, what in timed.told if what.startswith("lost")]
+    back = [when for when, what in timed.told if what.startswith("joined")]
+    units = [min(t for t in group.seen.units if t > moment) - found for moment, found in zip(lost, killed, strict=True)]
+    for name, values in (
+        ("noticed", [one - other for one, other in zip(lost, killed, strict=True)]),
+        ("next finished unit after it was noticed", units),
+        ("a new worker takes part", [one - other for one, other in zip(back, killed, strict=True)]),
+    ):
+        goal = Goal(relation="<", limit=5) if name.startswith("next") else None
+        yield Row(name=f"killed replica: {name}, median", value=statistics.median(values), unit="s")
+        yield Row(name=f"killed replica: {name}, worst", value=max(values), unit="s", goal=goal)
+
+
+def _tell(what: str) -> None:
+    print(what, file=sys.stderr)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """How many steps a case, how many kills."""
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--kills", type=int, default=6)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(measure, __doc__, add_options=add_options))
