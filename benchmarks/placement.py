@@ -47,8 +47,8 @@ tokeniser = "bytes"
 context = 128
 [training]
 steps = 1000
-batch = 32
-micro_batches = 8
+batch = {batch}
+micro_batches = {units}
 segment = 1000
 [optimiser]
 learning_rate = 1e-3
@@ -92,6 +92,7 @@ class Bench:
     job: Job
     cpus: float
     steps: int
+    kills: int
     number: int = 0
 
     def plan(self, *, stages: int = 1, replicas: int = 1) -> Plan:
@@ -127,7 +128,7 @@ class Bench:
         done = enough or (lambda: len(timed.seconds) >= WARM + self.steps)
         Controller(
             store=self.store,
-            job=replace(self.job, name=f"sibling-{self.number}"),
+            job=replace(self.job, name=f"{self.job.name}-{self.number}"),
             group=group,
             plan=plan,
             elastic=elastic,
@@ -168,12 +169,12 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     """Overhead, unequal workers, a pipeline, recovery."""
     with tempfile.TemporaryDirectory() as folder, joined() as cluster:
         store = open_store(f"{folder}/store", create=True)
-        job = prepare_job(store, parse_recipe(RECIPE, source="sibling"), name="x", folder=Path(folder), tell=_tell)
-        bench = Bench(store=store, job=job, cpus=cluster.cpus, steps=arguments.steps)
-        yield from overhead(bench)
-        yield from unequal(bench)
-        yield from pipeline(bench)
-        yield from recovery(bench, arguments.kills)
+        for part in PARTS if arguments.part == "all" else [arguments.part]:
+            units = 8 if part == "pipeline" else arguments.units
+            recipe = parse_recipe(RECIPE.format(batch=4 * units, units=units), source="sibling")
+            job = prepare_job(store, recipe, name=part, folder=Path(folder), tell=_tell)
+            bench = Bench(store=store, job=job, cpus=cluster.cpus, steps=arguments.steps, kills=arguments.kills)
+            yield from PARTS[part](bench)
 
 
 def overhead(bench: Bench) -> Iterator[Row]:
@@ -277,9 +278,9 @@ def pipeline(bench: Bench) -> Iterator[Row]:
     yield Row(name="two stages: of the bound", value=bound / step, unit="", goal=Goal(relation=">=", limit=0.85))
 
 
-def recovery(bench: Bench, kills: int) -> Iterator[Row]:
+def recovery(bench: Bench) -> Iterator[Row]:
     """From SIGKILL of a replica until it is noticed, to the next finished unit, and until a new worker takes part."""
-    group = bench.group(2)
+    group, kills = bench.group(2), bench.kills
     killed: list[float] = []
     timed = Timed()
 
@@ -308,12 +309,19 @@ def recovery(bench: Bench, kills: int) -> Iterator[Row]:
         yield Row(name=f"killed replica: {name}, worst", value=max(values), unit="s", goal=goal)
 
 
+PARTS = {"overhead": overhead, "unequal": unequal, "pipeline": pipeline, "recovery": recovery}
+
+
 def _tell(what: str) -> None:
     print(what, file=sys.stderr)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """How many steps a case, how many kills."""
+    """Which part, how many steps a case, how many kills."""
+    parser.add_argument("--part", choices=["all", *PARTS], default="all")
+    parser.add_argument(
+        "--units", type=int, default=16, help="micro-batches a step, of 4 x 128 tokens; a pipeline's are 8"
+    )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--kills", type=int, default=6)
 
