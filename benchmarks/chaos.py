@@ -63,7 +63,7 @@ learning_rate = 1e-3
 """
 HASTE = 0.2
 """How often a disturbance comes before a step was done since the last: a run that may never come up cannot."""
-RUN_SECONDS = 420.0
+RUN_SECONDS = 900.0
 """When a run is taken for stuck."""
 
 

@@ -27,4 +27,4 @@ def test_a_difference_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_steps_below_one_are_refused() -> None:
     with pytest.raises(UsageError, match="--steps 0: expected at least 1"):
-        next(measure(argparse.Namespace(steps=0, seed=1)))
+        next(measure(argparse.Namespace(steps=0, seed=1, foreign=False)))

@@ -252,6 +252,12 @@ class Lab:
             check=False,
         )
 
+    def trust(self) -> None:
+        """What `up` left lies where commands on the hosts look for it."""
+        (self.folder / ".trueweight").mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            (self.folder / ".trueweight" / "cluster").symlink_to(self.folder / "kept")
+
     def remove(self) -> None:
         for server in self.servers:
             server.terminate()
@@ -321,8 +327,7 @@ def test_up_run_down_over_ssh(lab: Lab, told: Callable[..., tuple[int, Any]]) ->
     code, answer = told("up", file)  # once more: nothing is started again
     assert (code, supervisors(lab)) == (0, first), answer
 
-    (lab.folder / ".trueweight").mkdir()
-    (lab.folder / ".trueweight" / "cluster").symlink_to(lab.folder / "kept")
+    lab.trust()
     (lab.folder / "text.txt").write_text(TEXT, encoding="utf-8")
     (lab.folder / "tiny.toml").write_text(TINY, encoding="utf-8")
     trueweight = (sys.executable, "-m", "trueweight")
@@ -373,9 +378,7 @@ def test_a_slow_link_and_a_partition_that_heals_change_no_bit(lab: Lab, told: Ca
         slow_link(f"{lab.prefix}{name}")
     reachable = f"{lab.names['one']}:6379"
     command = [*trueweight, "--address", reachable, "--replicas", "2", "--store", str(folder / "store"), *wide]
-    (lab.folder / ".trueweight").mkdir(exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        (lab.folder / ".trueweight" / "cluster").symlink_to(lab.folder / "kept")
+    lab.trust()
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(lab.inside, "one", *command)
         diary = folder / "store" / "runs" / "tiny" / "events.jsonl"
