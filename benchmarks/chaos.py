@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from benchmarks.harness import Goal, Row, main
-from runtime.actors.hosts import Hosts
+from runtime.actors.testing import Hosts
 from storage.errors import FailureError
 
 HOSTS = 4

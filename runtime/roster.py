@@ -100,7 +100,10 @@ class Roster:
     def close(self) -> None:
         """Ask for nobody any more; whoever is being started is not needed."""
         for name, _, started in self._coming:
-            started.add_done_callback(lambda _, name=name: self._crew.group.stop([name]))  # type: ignore[misc]
+            started.add_done_callback(partial(self._not_needed, name))
+
+    def _not_needed(self, name: str, _: "Future[None]") -> None:
+        self._crew.group.stop([name])
 
     def _change(self, without: Mapping[str, str], here: Sequence[tuple[str, int]]) -> None:
         """Have the crew go on without those at some places, lost or leaving, and with those that have come."""
@@ -178,9 +181,7 @@ class Roster:
         for name, stage, started in done:
             try:
                 started.result()
-            except WorkersLost:
-                raise
-            except FailureError as error:
+            except FailureError as error:  # it has no place yet: nobody else is touched
                 self._note(f"a worker for stage {stage} did not come up: {str(error)[:REASON]}")
                 self._next_look = now + REST_SECONDS
             else:

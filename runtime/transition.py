@@ -103,9 +103,11 @@ class _Made(Mapping[str, bytes]):
     """Values that are made when they are asked for: a plan is long, and every worker gets one of its own."""
 
     def __init__(self, keys: Sequence[str], make: Callable[[str], bytes]) -> None:
-        self._keys, self._make = keys, make
+        self._keys, self._make = dict.fromkeys(keys), make
 
     def __getitem__(self, key: str) -> bytes:
+        if key not in self._keys:
+            raise KeyError(key)
         return self._make(key)
 
     def __iter__(self) -> Iterator[str]:

@@ -14,8 +14,9 @@ from runtime.planner import Excluded, Placement, Stage, gib, make_placement
 from runtime.profiles import FOLDER, HostProfile, cached, host_of, make_model, profile_file
 from runtime.recipe import load_recipe
 from trueweight import reports, wiring
+from trueweight.cluster_files import read_file
 from trueweight.console import console_for, print_json, say, teller
-from trueweight.placement_hosts import load_cluster
+from trueweight.placement_hosts import planned_hosts
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in TOML.")]
 StoreFolder = Annotated[str, typer.Option("--store", metavar="DIR", help="Where data and programs are prepared.")]
@@ -61,9 +62,9 @@ def plan_command(
     trueweight plan my.toml --cluster lab.toml --stages 2 --html plan.html
     """
     console = console_for(as_json)
-    configs = load_cluster(cluster) if cluster else None
+    tables = read_file(cluster).hosts if cluster else None
     job, profile = _measured(recipe, store, threads, executor, profiles, refresh, console)
-    hosts = [host for config in configs for host in config.hosts(profile)] if configs else [host_of(profile)]
+    hosts = [host for table in tables for host in planned_hosts(table, profile)] if tables else [host_of(profile)]
     started = time.perf_counter()
     placement = make_placement(make_model(job.program, profile), hosts, stages=stages)
     told = placement_report(placement, job, searched=time.perf_counter() - started)

@@ -13,7 +13,8 @@ from typing import Any
 from runtime.actors import security
 from runtime.actors.host import versions
 from storage.errors import FailureError, TrueweightError, UsageError
-from trueweight.static_cluster import HostTable, StaticCluster
+from trueweight.cluster_files import HostTable
+from trueweight.static_cluster import StaticCluster
 
 Tell = Callable[[str], None]
 SSH_SECONDS = 15.0

@@ -1,20 +1,15 @@
 """A static list of hosts, in TOML: the file that `trueweight cluster` brings up over SSH."""
 
 import ipaddress
-import re
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from runtime.actors import security
 from runtime.fields import Section, about, suggestion
 from storage.errors import UsageError
-
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
-_NAMES = "lower-case letters, digits and '-', 32 at most"
-_TABLES = ("cluster", "ssh", "hosts")
+from trueweight.cluster_files import NAME, NAMES, HostTable, read_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +18,7 @@ class ClusterTable(Section):
 
     table: ClassVar[str] = "cluster"
 
-    name: str = field(metadata=about(f"the cluster's name: {_NAMES}"))
+    name: str = field(metadata=about(f"the cluster's name: {NAMES}"))
     head: str = field(default="", metadata=about("name or address of the head's host; the first host without"))
     port: int = field(default=6379, metadata=about("the head's port", low=1024, high=65535))
     dashboard_port: int = field(
@@ -34,8 +29,8 @@ class ClusterTable(Section):
     folder: str = field(default=security.FOLDER, metadata=about("where hosts keep token, certificate and log"))
 
     def _check(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise self.refusal("name", _NAMES, self.name, "change name")
+        if not NAME.fullmatch(self.name):
+            raise self.refusal("name", NAMES, self.name, "change name")
         if any(10002 <= port <= 19999 for port in (self.port, self.dashboard_port)):  # Ray's workers take these
             raise self.refusal("port", "ports outside of 10002 to 19999", self.port, "change port or dashboard_port")
 
@@ -50,27 +45,6 @@ class SshTable(Section):
     port: int = field(default=0, metadata=about("port of sshd; 0 leaves it to ssh", low=0, high=65535))
     key: str = field(default="", metadata=about("file of the private key"))
     options: tuple[str, ...] = field(default=("BatchMode=yes",), metadata=about("ssh -o options"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostTable(Section):
-    """[[hosts]]: one machine. `count`, `gops`, `mbit`, `latency_ms` are for `trueweight plan`."""
-
-    table: ClassVar[str] = "hosts"
-
-    name: str = field(metadata=about(f"the host's name: {_NAMES}"))
-    address: str = field(default="", metadata=about("its IP address, as the other hosts and this one reach it"))
-    count: int = field(default=1, metadata=about("how many such hosts", low=1))
-    cores: int = field(default=0, metadata=about("CPUs for Ray; 0 leaves it to Ray", low=0))
-    memory_gib: float = field(default=0.0, metadata=about("memory for Ray; 0 leaves it to Ray", low=0))
-    speed: float = field(default=0.0, metadata=about("relative speed, a label of the node; 0 for none", low=0))
-    gops: float = field(default=0.0, metadata=about("10^9 digit operations a second", low=0))
-    mbit: float = field(default=0.0, metadata=about("bandwidth to its peers", low=0))
-    latency_ms: float = field(default=0.0, metadata=about("latency to its peers", low=0))
-
-    def _check(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise self.refusal("name", _NAMES, self.name, "change name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,38 +86,19 @@ class StaticCluster:
 
 def require_name(name: str) -> None:
     """Return where the text may name a cluster's folder."""
-    if not _NAME.fullmatch(name):
-        raise UsageError(f"NAME {name!r}: expected {_NAMES}; choose another")
+    if not NAME.fullmatch(name):
+        raise UsageError(f"NAME {name!r}: expected {NAMES}; choose another")
 
 
 def read_cluster(path: Path) -> StaticCluster:
     """The cluster in a TOML file. UsageError names the key to change."""
+    file = read_file(path)
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cluster file {path}: expected to read it, got {error.strerror}; correct the path") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"cluster file {path}: expected TOML, got {error}; correct it") from error
-    try:
-        return _cluster(given)
+        cluster, ssh = ClusterTable.read(file.cluster), SshTable.read(file.ssh)
+        _check_hosts(file.hosts)
+        return StaticCluster(cluster=cluster, ssh=ssh, hosts=_head_first(file.hosts, cluster.head))
     except UsageError as error:
         raise UsageError(f"cluster file {path}: {error}") from None
-
-
-def _cluster(given: Mapping[str, Any]) -> StaticCluster:
-    for key in given:
-        if key not in _TABLES:
-            raise UsageError(f"unknown key {key!r} at the top: {suggestion(key, _TABLES)}")
-    for key, kind, form in (("cluster", dict, "[cluster]"), ("ssh", dict, "[ssh]"), ("hosts", list, "[[hosts]]")):
-        if not isinstance(given.get(key, kind()), kind):
-            raise UsageError(f"{key}: expected {form}, got {given[key]!r}; write it as a table")
-    cluster = ClusterTable.read(given.get("cluster", {}))
-    hosts = tuple(HostTable.read(host if isinstance(host, dict) else {}) for host in given.get("hosts", []))
-    if not hosts:
-        raise UsageError("[[hosts]]: expected one or more, got none; add the machines")
-    _check_hosts(hosts)
-    ssh = SshTable.read(given.get("ssh", {}))
-    return StaticCluster(cluster=cluster, ssh=ssh, hosts=_head_first(hosts, cluster.head))
 
 
 def _check_hosts(hosts: Sequence[HostTable]) -> None:

@@ -227,6 +227,27 @@ def test_lost_workers_are_replaced_and_hosts_that_join_are_used(
     assert "joined s0r2" in told
 
 
+class Stillborn(LossyGroup):
+    """The first worker that is asked for dies while it is started."""
+
+    def start(self, configs: Mapping[str, bytes]) -> None:
+        if "s0r1.1" in configs:
+            raise WorkersLost({"s0r1.1": "it died at once"})
+        super().start(configs)
+
+
+def test_a_worker_that_dies_while_it_is_started_takes_no_other_with_it(
+    honest: tuple[Ended, list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.roster.LOOK_SECONDS", 0.0)
+    group = Stillborn(places=3)
+    ended, store, seen = elastic(group, replicas=1, grow=True, between=lambda _: settle(group))
+    assert (ended, facts(store)) == honest
+    told = [event.what for event in seen if isinstance(event, Changed)]
+    assert told[0].startswith("a worker for stage 0 did not come up: worker s0r1.1 was lost")
+    assert "joined s0r1" in told
+
+
 def settle(group: LossyGroup) -> None:
     """Give a worker that is being started the time to come up."""
     import time

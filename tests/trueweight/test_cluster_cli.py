@@ -85,9 +85,9 @@ def test_the_published_file_is_read() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (("cores = 4", "core = 4"), "unknown key 'core' in [hosts]: did you mean 'cores'?"),
+        (("cores = 4", "core = 4"), "unknown key 'core' in [[hosts]]: did you mean 'cores'?"),
         (("[cluster]", "[clusters]"), "unknown key 'clusters' at the top: did you mean 'cluster'?"),
-        (("cores = 4", "cores = -1"), "[hosts] cores: expected an integer of 0 or more, got -1"),
+        (("cores = 4", "cores = -1"), "[[hosts]] cores: expected an integer of 0 or more, got -1"),
         (('"10.0.0.1"', '"one.lan"'), "expected address to be an IP address, got 'one.lan'"),
         (('"10.0.0.1"', '"10.0.0.2"'), "expected each host once, got 10.0.0.2 twice"),
         (("cores = 4", "count = 4"), "[[hosts]] one: expected count 1, got 4"),

@@ -10,7 +10,7 @@ import typer
 from runtime.testing import TEXT, TINY
 from storage.errors import UsageError
 from trueweight import cli, placement_cli
-from trueweight.placement_hosts import load_cluster
+from trueweight.cluster_files import read_file
 
 CLUSTERS = sorted(Path("cluster_configs").resolve().glob("*.toml"))
 
@@ -123,14 +123,14 @@ def test_what_does_not_fit(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[[hosts", "not valid TOML"),
-        ("", r"one or more \[\[hosts\]\] tables, got none; add one with name and speed"),
-        ("hosts = 3", r"one or more \[\[hosts\]\] tables"),
-        ("hosts = [1]", r"one or more \[\[hosts\]\] tables"),
+        ("[[hosts", "expected TOML, got"),
+        ("", r"\[\[hosts\]\]: expected one or more tables, got none; add the machines"),
+        ("hosts = 3", r"hosts: expected a table, got 3; write it as"),
+        ("hosts = [1]", r"\[\[hosts\]\]: expected one or more tables"),
         ('[[hosts]]\nname = "a"\n[[host]]\n', "unknown key 'host' at the top: did you mean 'hosts'"),
         ('[[hosts]]\nname = "a"\nmemory = 3', r"unknown key 'memory' in \[\[hosts\]\]: did you mean 'memory_gib'"),
         ("[[hosts]]\ncores = 2", r"name: expected a string, got nothing; add name"),
-        ('[[hosts]]\nname = "a"\ncores = 0', "cores: expected an integer of 1 or more, got 0"),
+        ('[[hosts]]\nname = "a"\ncores = -1', "cores: expected an integer of 0 or more, got -1"),
         ('[[hosts]]\nname = "a"\nspeed = "fast"', "speed: expected a number"),
         ('[[hosts]]\nname = "a"\nmbit = 0', "mbit: expected a number above 0"),
         ('[[hosts]]\nname = "a"\nspeed = 1.0\ngops = 3.0', "gops: expected no such key beside speed"),
@@ -139,7 +139,7 @@ def test_what_does_not_fit(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
 def test_bad_clusters_are_named(tmp_path: Path, text: str, message: str) -> None:
     file = cluster(tmp_path, text)
     with pytest.raises(UsageError, match=message) as error:
-        load_cluster(file)
+        read_file(file)
     assert str(file) in str(error.value)
 
 

@@ -14,7 +14,6 @@ HEALTH = {
     "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 4,
 }
-
 """A host that vanishes is noticed in seconds."""
 
 
@@ -59,9 +58,7 @@ class Hosts:
 
     def forget(self, at: int) -> None:
         """A host whose raylet was killed: what is left of it is ended."""
-        with suppress(Exception):  # it is dead already, and Ray says so in many ways
-            self.cluster.remove_node(self.nodes[at], allow_graceful=False)
-        self.nodes.pop(at)
+        self.cluster.remove_node(self.nodes.pop(at), allow_graceful=False)
 
     def workers(self) -> list[psutil.Process]:
         """The processes of all workers."""
