@@ -109,7 +109,7 @@ def run(
     read = load_recipe(recipe)
     expected = read_lock(lock) if lock else None
     parts = _shares(shares)
-    make_plan(blocks=max(stages, 1), stages=stages, replicas=max(replicas, 1), micro_batches=1, shares=parts)
+    make_plan(blocks=max(stages, 1), stages=stages, replicas=replicas or 1, micro_batches=1, shares=parts)
     objects = wiring.open_folder(store, create=True)
     chosen = wiring.choose_name(objects, name, default=read.name)
     with (
@@ -159,7 +159,7 @@ def resume(
     history = History.open(objects, name)
     job = wiring.stored_job(objects, history)
     parts = _shares(shares)
-    _plan(job, stages=stages, replicas=max(replicas, 1), shares=parts)
+    _plan(job, stages=stages, replicas=replicas or 1, shares=parts)
     if history.head.status == FINISHED:
         position = history.position()
         ended = Ended(status=FINISHED, step=position.next_step, state_root=position.poststate)
