@@ -20,7 +20,7 @@ from runtime.program.executor import Executor, Handle, Observer
 from runtime.program.program import Program
 from runtime.program.training import TrainingProgram
 from runtime.program.types import type_of
-from runtime.shards import make_layout
+from runtime.shards import Shares, make_layout
 from runtime.worker import Bundle, StageWorker, worker_builder
 from storage.codec import decode, encode
 from storage.errors import UsageError
@@ -255,7 +255,7 @@ class FaultyWorker(StageWorker):
             return dx
         return super().backward(step, micro_batch, dy)
 
-    def gradients(self, step: int) -> tuple[Bundle, ...]:
+    def gradients(self, step: int, shares: Shares) -> tuple[Bundle, ...]:
         """See StageWorker."""
         self._begin(step)
         if self._due("stale", step):
@@ -269,7 +269,7 @@ class FaultyWorker(StageWorker):
         if self._due("copy", step):
             other = next(one for one in self.peers.values() if one is not self and one._stage == self._stage)
             self._replace({tensor: total.value for tensor, total in other._sums.items()})
-        return super().gradients(step)
+        return super().gradients(step, shares)
 
     def receipt(self, run: bytes, step: int) -> bytes:
         """See StageWorker."""

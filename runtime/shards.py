@@ -2,13 +2,15 @@
 
 A stage's replicas all hold the weights of its blocks, and the optimiser slots of those tensors that no stage before
 holds: so the others can go on when one of them is gone. Each tensor is cut into chunks of `CHUNK` elements, and each
-chunk is owned by one worker: it adds the chunk's gradients, updates it, and sends the result to the others. A chunk is
-a power of two of Merkle leaves, so the owners' roots compose to the root of the whole tensor (`storage.merkle`).
+chunk is owned by one worker: it adds the chunk's gradients, updates it, and sends the result to the others. Since all
+hold everything, who owns what may change with every step: a replica owns as much as it did of the step's units. A chunk
+is a power of two of Merkle leaves, so the owners' roots compose to the root of the whole tensor (`storage.merkle`).
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from heapq import heapreplace
 from typing import NamedTuple
@@ -20,6 +22,7 @@ from storage.records import TensorEntry
 
 WEIGHT = "weight"
 GRADIENT = "gradient"
+Shares = tuple[tuple[int, ...], ...]
 
 
 class Chunk(NamedTuple):
@@ -40,12 +43,20 @@ ChunkRoots = dict[tuple[str, Chunk], bytes]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The plan together with the tensors that its workers hold. `held[s]` are the tensors of stage s, ascending."""
+    """The plan together with the tensors that its workers hold. `held[s]` are the tensors of stage s, ascending.
+
+    `shares[s][r]` is how much replica r of stage s owns, against the others: units that it takes.
+    """
 
     plan: Plan
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     held: tuple[tuple[int, ...], ...]
+    shares: Shares
+
+    def sharing(self, shares: Shares) -> "Layout":
+        """The same with other shares."""
+        return self if shares == self.shares else replace(self, shares=shares)
 
     def size(self, tensor: int) -> int:
         """The number of elements of a tensor."""
@@ -82,14 +93,18 @@ class Layout:
 
     @cached_property
     def owners(self) -> Mapping[Chunk, str]:
-        """The owner of every chunk: a replica of the first stage that holds its tensor, the least loaded one."""
+        """The owner of every chunk: a replica of the first stage that holds its tensor, the least loaded for its share.
+
+        Replicas without a share own nothing. All who look agree: loads are whole numbers.
+        """
         owners: dict[Chunk, str] = {}
         for stage, tensors in enumerate(self._homes):
             fresh = [chunk for tensor in tensors for chunk in self.chunks(tensor)]
-            loads = [(0, replica) for replica in range(self.plan.replicas[stage])]
+            loads = [(0, replica, 0) for replica, share in enumerate(self.shares[stage]) if share]
             for chunk in sorted(fresh, key=lambda chunk: (-self.length(chunk), chunk)):
-                load, replica = loads[0]
-                heapreplace(loads, (load + self.length(chunk), replica))
+                _, replica, elements = loads[0]
+                elements += self.length(chunk)
+                heapreplace(loads, ((elements << 32) // self.shares[stage][replica], replica, elements))
                 owners[chunk] = self.plan.worker(stage, replica)
         return owners
 
@@ -152,7 +167,16 @@ def make_layout(plan: Plan, program: TrainingProgram) -> Layout:
         tuple(sorted({number[name] for block in stage for name in program.blocks[block].tensors}))
         for stage in plan.stages
     )
-    return Layout(plan=plan, names=names, shapes=tuple(tuple(spec.shape) for spec in program.tensors), held=held)
+    shapes = tuple(tuple(spec.shape) for spec in program.tensors)
+    return Layout(plan=plan, names=names, shapes=shapes, held=held, shares=shares_of(plan))
+
+
+def shares_of(plan: Plan) -> Shares:
+    """The units that a plan gives each replica of each stage."""
+    counted = map(Counter, plan.units)
+    return tuple(
+        tuple(taken[replica] for replica in range(count)) for count, taken in zip(plan.replicas, counted, strict=True)
+    )
 
 
 def tensor_entries(

@@ -17,7 +17,7 @@ from runtime.places import HERE, at
 from runtime.program.executor import Executor, Handle, Observer
 from runtime.program.program import Op, Program
 from runtime.program.types import Type
-from runtime.shards import ChunkRoots
+from runtime.shards import ChunkRoots, Shares
 from runtime.worker import Bundle, StageWorker, worker_builder
 from storage import merkle
 from storage.codec import Digest, encode, record
@@ -209,14 +209,14 @@ class TracedWorker(StageWorker):
         program = additions(tuple(map(len, before)), 2)
         self.tracer.note(program, [*before, *(gradient.reshape(-1) for gradient in gradients)], after, made=after)
 
-    def gradients(self, step: int) -> tuple[Bundle, ...]:
+    def gradients(self, step: int, shares: Shares) -> tuple[Bundle, ...]:
         """See StageWorker; that what is handed over is what was added up is a call of its own."""
         with at(f"step {step}/gradient"):
             if not self.tracer.watching:
-                return super().gradients(step)
+                return super().gradients(step, shares)
             self._begin(step)
             before = {tensor: total.value.copy() for tensor, total in sorted(self._sums.items())}
-            bundles = super().gradients(step)
+            bundles = super().gradients(step, shares)
             handed = {chunk: total for bundle in bundles for chunk, total in bundle.items()}
             after = [
                 np.concatenate([handed[chunk].value for chunk in self._layout.chunks(tensor)])

@@ -227,6 +227,7 @@ def train_step(
         losses = work.run()
         if crew.gone:  # their places are given up once for all of them
             raise WorkersLost(crew.gone)
+        crew.layout = crew.layout.sharing(work.shares)
         exponent, gradient_root = _reduce(crew, step)
         loss = sum(crew.group.get(losses))
         squares = sum(crew.gather("squares", exponent))
@@ -287,7 +288,7 @@ def forward_backward(crew: Crew, step: int, batch: Batch, micro_batches: Sequenc
 
 def _reduce(crew: Crew, step: int) -> tuple[int, bytes]:
     """(largest exponent of the summed gradient, its root): every owner adds the bundles for its chunks."""
-    bundles, _ = _exchange(crew, "gradients", crew.layout.owners_for, step)
+    bundles, _ = _exchange(crew, "gradients", crew.layout.owners_for, step, crew.layout.shares)
     reduced = crew.group.get([crew.call(worker, "reduce", step, *bundles[worker]) for worker in crew.workers])
     roots = {key: root for _, part in reduced for key, root in part.items()}
     entries = tensor_entries(crew.layout, roots, keys=(GRADIENT,), dtype="i64")
@@ -309,7 +310,7 @@ def root_of(crew: Crew) -> bytes:
 
 
 def _exchange(
-    crew: Crew, method: str, destinations: Callable[[str], Sequence[str]], *args: int, heads: int = 0
+    crew: Crew, method: str, destinations: Callable[[str], Sequence[str]], *args: Any, heads: int = 0
 ) -> tuple[dict[str, list[Handle]], list[Handle]]:
     """(results by destination, heads): calls a method that returns `heads` values, then one for each destination."""
     bundles: dict[str, list[Handle]] = {worker: [] for worker in crew.workers}

@@ -20,6 +20,7 @@ import numpy as np
 from runtime.feed import Batch
 from runtime.groups import Handle, ValueLost, WorkerGroup, WorkersLost, WrongValue
 from runtime.plan import Plan
+from runtime.shards import Shares
 from storage.errors import FailureError
 
 DEPTH = 2
@@ -71,13 +72,13 @@ class Pace:
         """The longest of what workers are expected to take for a call; None where none has made it yet."""
         return max(self._seconds[method, stage].values(), default=None)
 
-    def seconds(self, worker: str, method: str, stage: int) -> float:
-        """What a worker is expected to take: as the others where it has not made such a call, 1 where nobody has."""
+    def seconds(self, worker: str, method: str, stage: int, *, first: float = 1.0) -> float:
+        """What a worker is expected to take: as the others where it made no such call, `first` where nobody did."""
         of = self._seconds[method, stage]
         known = of.get(worker)
         if known is not None:
             return known
-        return self._sums[method, stage] / len(of) if of else 1.0
+        return self._sums[method, stage] / len(of) if of else first
 
     def forget(self, workers: Collection[str]) -> None:
         """These workers are gone."""
@@ -185,6 +186,8 @@ class Work:
     """What each worker has to do, in order."""
     _begun: Counter[str] = field(init=False, default_factory=Counter)
     """How many units each worker has begun and not finished."""
+    _summing: set[str] = field(init=False, default_factory=set)
+    """Workers that have added to their sums since they were last asked to hash them."""
     _free: dict[str, float] = field(init=False, default_factory=dict)
     """When each worker was last seen to finish something."""
     _waiting: list[list[int]] = field(init=False)
@@ -216,6 +219,13 @@ class Work:
         """Whether nothing is left to do, as long as nobody is lost."""
         return not self._left
 
+    @property
+    def shares(self) -> Shares:
+        """The units that each replica of each stage has taken."""
+        taken = Counter(unit.worker for unit in self.units.values())
+        plan, members = self.team.plan, self.team.members
+        return tuple(tuple(taken[members[place]] for place in plan.team(stage)) for stage in range(len(plan.stages)))
+
     def run(self) -> list[Handle]:
         """Go on until every unit is done; handles of the losses. WorkersLost: `forget` them, then run again."""
         self._lines = {}  # who there is may have changed, and so may have what each has to do
@@ -235,6 +245,7 @@ class Work:
         for worker in workers:
             self.calls.pop(worker, None)
             self._begun.pop(worker, None)
+            self._summing.discard(worker)
 
     def _wait(self, unit: Unit) -> None:
         """Nobody has begun a unit any more."""
@@ -250,10 +261,27 @@ class Work:
             for unit in [between[m] for m in sorted(between)]:
                 if len(self.calls[unit.worker]) < DEPTH and self._dy(unit) is not None:
                     self._backward(unit)
-            self._begin_some(stage)
+            if self._begin_some(stage):
+                self._seal_some(stage)
 
-    def _begin_some(self, stage: int) -> None:
-        """Have units of a stage begun that can be, as long as there are replicas for them."""
+    def _seal_some(self, stage: int) -> None:
+        """Have replicas that are not to get any more units hash their sums while the others compute."""
+        for place in self.team.plan.team(stage):
+            worker = self.team.members[place]
+            if worker in self._summing and not self._begun[worker] and not self.calls[worker]:
+                self._summing.remove(worker)
+                unit, since = Unit(stage=stage, micro_batch=-1), self.team.pace.now()
+                made = self.team.group.call(worker, "seal", self.step)
+                call = Call(unit=unit, worker=worker, method="seal", results=(made,), since=since, again=True)
+                self.calls[worker].append(call)
+                self._moved(worker)
+
+    def _begin_some(self, stage: int) -> bool:
+        """Have units of a stage begun that can be, as long as there are replicas for them.
+
+        Whether replicas that have nothing to do now will not get any more either.
+        """
+        enough = False
         self._busy.pop(stage, None)
         waiting, later = self._waiting[stage], []
         while waiting:
@@ -266,16 +294,19 @@ class Work:
                 elif self.team.fixed:
                     later.append(waiting[0])
                 else:
+                    enough = True
                     break
             heappop(waiting)
         if later:
             waiting += later
             heapify(waiting)
+        return enough or not self._unbegun[stage]
 
     def _forward(self, unit: Unit, worker: str, x: Any) -> None:
         unit.worker = worker
         self._unbegun[unit.stage] -= 1
         self._begun[worker] += 1
+        self._summing.add(worker)
         if unit.stage == self._last:
             unit.state = State.BACKWARD
             self._call(unit, "last", x, self._parts[unit.micro_batch].targets, returns=2)
@@ -351,7 +382,7 @@ class Work:
             return worker
         if stage not in self._busy:
             others = line.busy
-            idle, units = [self._idle(other) for other in others], [self._unit(stage, other) for other in others]
+            idle, units = [self._idle(stage, other) for other in others], [self._unit(stage, other) for other in others]
             self._busy[stage] = np.array(idle), np.array(units)
         idle_R, unit_R = self._busy[stage]
         done = np.maximum(np.ceil((end - idle_R) / unit_R) - 1, 0).sum()
@@ -364,7 +395,7 @@ class Work:
         """
         if not self._open(worker, stage):
             return None
-        return self._idle(worker) + self._unit(stage, worker), self._begun[worker]
+        return self._idle(stage, worker) + self._unit(stage, worker), self._begun[worker]
 
     def _unit(self, stage: int, worker: str) -> float:
         """Seconds that a worker is expected to take for a unit of the stage."""
@@ -377,15 +408,16 @@ class Work:
         most = DEPTH if stage == self._last else max(2, self._last + 1 - stage)
         return len(self.calls[worker]) < DEPTH and self._begun[worker] < most
 
-    def _idle(self, worker: str) -> float:
-        """When a worker is expected to be done with what it has."""
-        mine = self.calls[worker]
+    def _idle(self, stage: int, worker: str) -> float:
+        """When a worker is expected to be done with what it has, and with its sums' hashes."""
+        mine, pace = self.calls[worker], self.team.pace
+        after = pace.seconds(worker, "seal", stage, first=0.0)
         if not mine:
-            return self._now
+            return self._now + after
         end = self._began(mine[0])
         for call in mine:
-            end += self.team.pace.seconds(worker, call.method, call.unit.stage)
-        return max(end, self._now)
+            end += pace.seconds(worker, call.method, stage)
+        return max(end, self._now) + after
 
     def _began(self, call: Call) -> float:
         return max(call.since, self._free.get(call.worker, call.since))

@@ -20,7 +20,7 @@ from runtime.plan import Plan
 from runtime.program.executor import Executor
 from runtime.program.training import TrainingProgram
 from runtime.program.types import NUMPY, Type
-from runtime.shards import GRADIENT, WEIGHT, Chunk, ChunkRoots, make_layout
+from runtime.shards import GRADIENT, WEIGHT, Chunk, ChunkRoots, Shares, make_layout
 from storage import merkle
 from storage.codec import NO_DIGEST, decode, encode
 from storage.errors import FailureError
@@ -75,6 +75,8 @@ class StageWorker:
         self._totals: dict[Chunk, Any] = {}
         self._gradient_root = merkle.EMPTY_ROOT
         self._sum_roots: dict[Chunk, bytes] = {}
+        self._sealed = False
+        """Whether `_sum_roots` are those of the sums as they are."""
         self._exponent = self._square = 0
         self._reduced_root = self._updated_root = merkle.EMPTY_ROOT
         self._hashers = ThreadPoolExecutor(config.threads or os.cpu_count() or 1)
@@ -166,6 +168,7 @@ class StageWorker:
         if step != self._step:
             self._step = step
             self._units, self._sums, self._kept, self._sum_roots = {}, {}, {}, {}
+            self._sealed = False
 
     def forward(self, step: int, micro_batch: int, x: np.ndarray) -> np.ndarray:
         """The stage's output for one micro-batch; its blocks' inputs are kept for `backward`."""
@@ -260,7 +263,8 @@ class StageWorker:
         return None if dy is None or not self._stage else self._executor.get(dy)
 
     def _sum(self, tensor: int) -> ExactSum:
-        """The step's sum of a tensor's gradients so far."""
+        """The step's sum of a tensor's gradients so far, to add to."""
+        self._sealed = False
         if tensor not in self._sums:
             if tensor not in self._memory:
                 self._memory[tensor] = np.empty(self._layout.size(tensor), np.int64)
@@ -307,14 +311,23 @@ class StageWorker:
 
     # -------------------------------------------------------------------------------------------- reduce and update
 
-    def gradients(self, step: int) -> tuple[Bundle, ...]:
-        """One bundle of gradient sums of the step for each of `layout.owners_for(self)`."""
+    def seal(self, step: int) -> None:
+        """Hash the gradient sums of the step, which are all there for now: `gradients` has the less to do."""
         self._begin(step)
+        if self._sealed:
+            return
         sums = self._sums
         chunks = [chunk for tensor in sorted(sums) for chunk in self._layout.chunks(tensor)]
         roots = self._roots([sums[chunk.tensor].value[self._layout.span(chunk)] for chunk in chunks])
         self._sum_roots = dict(zip(chunks, roots, strict=True))
         self._gradient_root = merkle.list_root([self._gradient_entry(tensor) for tensor in sorted(sums)])
+        self._sealed = True
+
+    def gradients(self, step: int, shares: Shares) -> tuple[Bundle, ...]:
+        """One bundle of gradient sums of the step for each of `layout.owners_for(self)` under these shares."""
+        self.seal(step)
+        self._layout = self._layout.sharing(shares)
+        sums = self._sums
         return tuple(
             {
                 chunk: sums[chunk.tensor].part(self._layout.span(chunk))

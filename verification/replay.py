@@ -117,7 +117,7 @@ class Replay:
         """What a worker has to say of some micro-batches: of its receipt all but what follows from the others' work."""
         forward_backward(self.crew, step, self.feed.batch(step), micro_batches)
         crew = self.crew
-        crew.call(worker, "gradients", step, returns=len(crew.layout.owners_for(worker)))
+        crew.call(worker, "gradients", step, crew.layout.shares, returns=len(crew.layout.owners_for(worker)))
         (claim,) = crew.group.get([crew.call(worker, "claim", run, step)])
         self.crew.gather("drop")
         return decode(Receipt, claim)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from runtime.integers import LIMIT, ExactSum, sum_exactly
 from runtime.plan import Plan, make_plan
 from runtime.program.training import CHUNK
-from runtime.shards import Chunk, Layout, tensor_entries
+from runtime.shards import Chunk, Layout, shares_of, tensor_entries
 from storage import merkle
 from storage.codec import decode, encode
 from storage.errors import FailureError, UsageError
@@ -59,8 +59,11 @@ def layouts(draw: st.DrawFn) -> Layout:
     subset = st.sets(st.sampled_from(range(len(sizes))))
     held = [draw(subset) for _ in range(stages)]
     held[0] |= set(range(len(sizes))) - set().union(*held)
+    some = st.lists(st.integers(0, 9), min_size=replicas, max_size=replicas).filter(any)
+    plan = make_plan(blocks=stages, stages=stages, replicas=replicas, micro_batches=draw(st.integers(1, 9)))
     return Layout(
-        plan=make_plan(blocks=stages, stages=stages, replicas=replicas, micro_batches=1),
+        plan=plan,
+        shares=draw(st.just(shares_of(plan)) | st.tuples(*(some.map(tuple) for _ in range(stages)))),
         names=tuple(f"t{i}" for i in range(len(sizes))),
         shapes=tuple((size,) for size in sizes),
         held=tuple(tuple(sorted(tensors)) for tensors in held),
@@ -86,17 +89,25 @@ def test_every_chunk_has_one_owner_in_the_first_stage_that_holds_it(layout: Layo
 
 
 @given(layouts())
-def test_owners_are_balanced_to_within_a_chunk(layout: Layout) -> None:
-    for stage in range(len(layout.held)):
+def test_who_did_more_units_owns_more_to_within_a_chunk(layout: Layout) -> None:
+    for stage, shares in enumerate(layout.shares):
         workers = layout.plan.team(stage)
         loads = [sum(layout.length(chunk) for chunk in layout.owned(worker)) for worker in workers]
-        assert max(loads) - min(loads) <= CHUNK
+        for load, share in zip(loads, shares, strict=True):
+            assert load <= share / sum(shares) * sum(loads) + CHUNK
+            assert share or not load
+
+
+def test_shares_of_a_plan_are_its_units() -> None:
+    plan = make_plan(blocks=2, stages=2, replicas=3, micro_batches=8, shares=(5, 3, 0))
+    assert shares_of(plan) == ((5, 3, 0),) * 2
 
 
 @pytest.mark.parametrize("size", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 3 * CHUNK + 7])
 @pytest.mark.parametrize("dtype", ["f32", "i64"])
 def test_roots_of_chunks_compose_to_the_tensors_root(size: int, dtype: str) -> None:
-    layout = Layout(plan=make_plan(blocks=1, micro_batches=1), names=("t",), shapes=((size,),), held=((0,),))
+    plan = make_plan(blocks=1, micro_batches=1)
+    layout = Layout(plan=plan, names=("t",), shapes=((size,),), held=((0,),), shares=shares_of(plan))
     array = np.arange(size).astype({"f32": np.float32, "i64": np.int64}[dtype])
     roots = {("k", chunk): merkle.bytes_root(array[layout.span(chunk)].data) for chunk in layout.chunks(0)}
     assert tensor_entries(layout, roots, keys=("k",), dtype=dtype) == [entry_for("k/t", array)]
