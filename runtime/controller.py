@@ -332,7 +332,7 @@ class Controller:
             batch=feed.batch(position.next_step),
             validation=feed.validation(position.next_step),
             events=self._events,
-            lost=self._roster.lost if self._roster else None,
+            changes=self._roster,
         )
         self._events.clear()
         self._falls = 0
@@ -378,7 +378,7 @@ class Controller:
 
     def _surviving(self, act: Callable[[], T]) -> T:
         """What `act` returns, done again while workers are lost and the others can go on."""
-        return going_on(self._crew, act, self._roster.lost if self._roster else None)
+        return going_on(self._crew, act, self._roster)
 
     def _changed(self, what: str) -> None:
         """Note what happened to the workers, for the record of the step and whoever watches."""

@@ -6,11 +6,12 @@ of the stage: while one is left, nothing is lost but what the others had under w
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import count
 
 from runtime.clock import Clock
-from runtime.groups import Handle, Membership, WorkersLost
+from runtime.groups import Handle, Membership, ValueLost, WorkersLost
 from runtime.plan import Plan
 from runtime.shards import WEIGHT, Layout, make_layout
 from runtime.transition import Crew
@@ -19,10 +20,16 @@ from storage.errors import FailureError
 
 LOOK_SECONDS = 2.0
 """How often the machines are asked whether there is room for more workers, or some are about to go."""
+ASK_SECONDS = 10.0
+"""How long after workers were asked for there is no look for more room: by then they have what they take."""
 REST_SECONDS = 30.0
 """How long after a worker that did not come up no other is asked for."""
 WINDOW_BYTES = 2**28
 """Bytes of tensors on their way to a new holder at a time."""
+POLL = 0.5
+"""Seconds after which tensors on their way are looked at."""
+MISSED = 5
+"""How often in a row tensors that a worker is given may be lost on their way, while no worker is known to be."""
 REASON = 160
 """Characters of a reason that go into a record."""
 
@@ -60,8 +67,10 @@ class Roster:
         self._coming: list[tuple[str, int, Future[None]]] = []
         """Workers that are being started: their names in the group and their stages."""
         self._here: list[tuple[str, int]] = []
-        """Workers that are there and have no place yet."""
-        self._next_look = 0.0
+        """Workers that are there and take no part yet."""
+        self._fetches: dict[str, _Fetch] = {}
+        """What those of them take from their peers while units are under way."""
+        self._next_look = self._next_ask = 0.0
 
     def lost(self, error: WorkersLost, later: bool = False) -> None:
         """Go on without the workers that are lost; StageLost where a stage has none left.
@@ -73,6 +82,10 @@ class Roster:
         crew.gone |= error.lost
         crew.group.stop(list(error.lost))
         crew.pace.forget(error.lost)
+        for name in error.lost:
+            self._fetches.pop(name, None)
+            if crew.joined.pop(name, None) is not None:
+                self._note(f"lost {name}, new in this step: {error.lost[name][:REASON]}")
         self._here = [(name, stage) for name, stage in self._here if name not in error.lost]
         for place, name in fresh.items():
             self._note(f"lost {place}: {error.lost[name][:REASON]}")
@@ -85,17 +98,71 @@ class Roster:
 
     def turn(self) -> None:
         """Between two steps: let go who is leaving, take in who has come, ask for more where there is room."""
-        now = self._crew.pace.now()
-        self._welcome(now)
-        look = now >= self._next_look
-        left = self._leaving() if look else {}
+        self._welcome()
+        left = self._leaving() if self._crew.pace.now() >= self._next_look else {}
         if left or self._here:
             self._change(left, self._here)
             self._here = []
-        if look:
+        self._look()
+
+    def meanwhile(self) -> bool:
+        """See Changes: whoever has come takes the state from peers, which does not change while units are under way."""
+        crew = self._crew
+        if crew.fixed:
+            return False
+        self._welcome()
+        self._look()
+        some, peers = False, cache(crew.present)
+        for name, stage in list(self._here) if crew.roots else []:  # after a restore they are not known
+            if name not in self._fetches:
+                tensors = _kept(crew, crew.layout, crew.plan.team(stage)[0])
+                self._fetches[name] = _Fetch(worker=name, queue=tensors)
+            fetch = self._fetches[name]
+            try:
+                fetch.go_on(crew, _any_of(peers(stage)))
+            except (WorkersLost, StageLost):
+                raise
+            except FailureError as error:
+                self._dismiss(name, error)
+                continue
+            if fetch.done:
+                del self._fetches[name]
+                self._here.remove((name, stage))
+                crew.joined[name] = stage
+                some = True
+        return some
+
+    def settle(self) -> None:
+        """See Changes. Who lacks some of the state begins again later: no old part of it may arrive after a new one."""
+        crew = self._crew
+        for name, fetch in list(self._fetches.items()):
+            try:
+                crew.group.get([taken for taken, _ in fetch.under_way])
+            except WorkersLost:
+                raise
+            except FailureError as error:
+                self._dismiss(name, error)
+        self._fetches = {}
+        if crew.gone or crew.joined:
+            gone = {place: crew.gone[name] for place, name in crew.members.items() if name in crew.gone}
+            self._change(gone, list(crew.joined.items()))
+            crew.gone, crew.joined = {}, {}
+
+    def _dismiss(self, name: str, error: FailureError) -> None:
+        """A worker that did not get the state is not waited for."""
+        self._here = [(other, stage) for other, stage in self._here if other != name]
+        self._fetches.pop(name, None)
+        self._crew.group.stop([name])
+        self._note(f"{name} did not get the state: {str(error)[:REASON]}")
+
+    def _look(self) -> None:
+        """From time to time ask for workers where there is room."""
+        now = self._crew.pace.now()
+        if now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
-            if not self._coming:
-                self._ask(self._membership.room())
+            if now >= self._next_ask and (room := self._membership.room()):
+                self._next_ask = now + ASK_SECONDS
+                self._ask(room)
 
     def close(self) -> None:
         """Ask for nobody any more; whoever is being started is not needed."""
@@ -137,7 +204,7 @@ class Roster:
     def _require_somebody(self, gone: Mapping[str, str]) -> None:
         plan = self._crew.plan
         for stage in range(len(plan.replicas)):
-            if set(plan.team(stage)) <= set(gone):
+            if set(plan.team(stage)) <= set(gone) and stage not in self._crew.joined.values():
                 raise StageLost(
                     f"stage {stage}: every replica was lost ({'; '.join(gone.values())[:REASON]}); the run goes on "
                     f"from the last checkpoint once there are workers again"
@@ -174,7 +241,7 @@ class Roster:
         known = [pace.known(method, stage) for method in methods]
         return sum(seconds for seconds in known if seconds is not None) or float(len(plan.stages[stage]))
 
-    def _welcome(self, now: float) -> None:
+    def _welcome(self) -> None:
         """Note who has come, and who did not."""
         done = [coming for coming in self._coming if coming[2].done()]
         self._coming = [coming for coming in self._coming if coming not in done]
@@ -183,7 +250,7 @@ class Roster:
                 started.result()
             except FailureError as error:  # it has no place yet: nobody else is touched
                 self._note(f"a worker for stage {stage} did not come up: {str(error)[:REASON]}")
-                self._next_look = now + REST_SECONDS
+                self._next_ask = self._crew.pace.now() + REST_SECONDS
             else:
                 self._here.append((name, stage))
 
@@ -204,58 +271,82 @@ def reshape(crew: Crew, plan: Plan, members: Mapping[str, str]) -> None:
     crew.layout, crew.members = layout, dict(members)
 
 
+@dataclass(kw_only=True)
+class _Fetch:
+    """Tensors of the state on their way from peers to a worker that is to hold them, each a (key, tensor)."""
+
+    worker: str
+    queue: list[tuple[str, int]]
+    """Those that are still to be asked for."""
+    under_way: list[tuple[Handle, tuple[str, int]]] = field(default_factory=list)
+    missed: int = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether the worker holds them all."""
+        return not self.queue and not self.under_way
+
+    def go_on(self, crew: Crew, holding: Callable[[tuple[str, int]], Sequence[str]]) -> None:
+        """Take in what has arrived, and ask for more of those that hold it."""
+        finished = dict(crew.group.wait([taken for taken, _ in self.under_way], 0.0)) if self.under_way else {}
+        self._ask_again([(self.under_way[number][1], error) for number, error in finished.items() if error])
+        arrived = [self.under_way[number] for number, error in finished.items() if not error]
+        self.under_way = [pair for number, pair in enumerate(self.under_way) if number not in finished]
+        for (_, place), roots in zip(arrived, crew.group.get([taken for taken, _ in arrived]), strict=True):
+            if roots != tuple(crew.roots[place[0], chunk] for chunk in crew.layout.chunks(place[1])):
+                name = crew.layout.names[place[1]]
+                raise WorkersLost({self.worker: f"took other bytes of {name} than the state has"})
+            self.missed = 0
+        size = sum(4 * crew.layout.size(tensor) for _, (_, tensor) in self.under_way)
+        while self.queue:
+            key, tensor = self.queue[0]
+            size += 4 * crew.layout.size(tensor)
+            if self.under_way and size > WINDOW_BYTES:
+                break
+            if not (givers := holding(self.queue.pop(0))):
+                raise StageLost(f"tensor {crew.layout.names[tensor]}: no worker holds it any more; resume the run")
+            given = crew.group.call(givers[len(self.queue) % len(givers)], "give", key, tensor)
+            self.under_way.append((crew.group.call(self.worker, "take", key, tensor, given), (key, tensor)))
+
+    def _ask_again(self, lost: Sequence[tuple[tuple[str, int], FailureError]]) -> None:
+        """Tensors that went with a host are asked of another."""
+        self.missed += bool(lost)
+        for tensor, error in lost:
+            if not isinstance(error, ValueLost) or self.missed > MISSED:
+                raise error
+            self.queue.append(tensor)
+
+
 def _move(crew: Crew, layout: Layout, members: Mapping[str, str]) -> None:
+    """Have all workers hold what their places in a layout need."""
     stages = range(len(layout.plan.replicas))
     kept = [_kept(crew, crew.layout, crew.plan.team(stage)[0]) for stage in stages]
     needed = [_kept(crew, layout, layout.plan.team(stage)[0]) for stage in stages]
-    at = {name: crew.plan.place(place)[0] for place, name in crew.members.items()}
-    queues: dict[str, list[tuple[str, int]]] = {}
+    at = {name: crew.plan.place(place)[0] for place, name in crew.members.items()} | crew.joined
+    fetches = []
     for place, name in members.items():
         stage = layout.plan.place(place)[0]
-        has = set(kept[at[name]]) if name in at and kept[at[name]] != needed[stage] else set()
-        if name not in at or has:
-            queues[name] = [tensor for tensor in needed[stage] if tensor not in has]
-    if not any(queues.values()):
+        has = set(kept[at[name]]) if name in at else set()
+        if lacking := [tensor for tensor in needed[stage] if tensor not in has]:
+            fetches.append(_Fetch(worker=name, queue=lacking))
+    if not fetches:
         return
     if not crew.roots:
         crew.roots = {place: root for part in crew.gather("roots") for place, root in part.items()}
     sources: dict[tuple[str, int], list[str]] = {}
-    for stage, tensors in enumerate(kept):
-        team = [name for name, where in at.items() if where == stage]
-        for tensor in tensors:
-            sources[tensor] = sources.get(tensor, []) + team if tensor in sources else team
-    while any(queues.values()):  # some tensors at a time, for all that lack some
-        moves = []
-        for name, tensors in queues.items():
-            some = _first(crew, tensors)
-            moves += [(name, *tensor) for tensor in tensors[:some]]
-            queues[name] = tensors[some:]
-        _move_some(crew, moves, sources)
+    for name, stage in at.items():
+        if name not in crew.gone:
+            for tensor in kept[stage]:
+                sources.setdefault(tensor, []).append(name)
+    while fetches:
+        for fetch in fetches:
+            fetch.go_on(crew, lambda tensor: sources.get(tensor, ()))
+        fetches = [fetch for fetch in fetches if not fetch.done]
+        crew.group.wait([taken for fetch in fetches for taken, _ in fetch.under_way], POLL if fetches else 0.0)
 
 
-def _first(crew: Crew, tensors: Sequence[tuple[str, int]]) -> int:
-    """How many of the tensors may be on their way to a worker at a time: one at least, if there is any."""
-    size = 0
-    for number, (_, tensor) in enumerate(tensors):
-        size += 4 * crew.layout.size(tensor)
-        if number and size > WINDOW_BYTES:
-            return number
-    return len(tensors)
-
-
-def _move_some(
-    crew: Crew, moves: Sequence[tuple[str, str, int]], sources: Mapping[tuple[str, int], Sequence[str]]
-) -> None:
-    taken: list[Handle] = []
-    for at, (name, key, tensor) in enumerate(moves):
-        if not (holding := sources.get((key, tensor))):
-            raise StageLost(f"tensor {crew.layout.names[tensor]}: no worker holds it any more; resume the run")
-        given = crew.group.call(holding[at % len(holding)], "give", key, tensor)
-        taken.append(crew.group.call(name, "take", key, tensor, given))
-    for (name, key, tensor), roots in zip(moves, crew.group.get(taken), strict=True):
-        expected = tuple(crew.roots[key, chunk] for chunk in crew.layout.chunks(tensor))
-        if roots != expected:
-            raise WorkersLost({name: f"took other bytes of {crew.layout.names[tensor]} than the state has"})
+def _any_of(workers: Sequence[str]) -> Callable[[tuple[str, int]], Sequence[str]]:
+    return lambda _: workers
 
 
 def _kept(crew: Crew, layout: Layout, place: str) -> list[tuple[str, int]]:

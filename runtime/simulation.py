@@ -245,8 +245,10 @@ class Member:
     free: float = 0.0
     step: int = -1
     seconds: float = 0.0
+    hashed: float | None = None
+    """Seconds of hashing its sums as they are, None where that is to be done."""
     summed: float = 0.0
-    """Seconds of adding, hashing and updating since it last gave its gradients."""
+    """The same and seconds of adding and updating since it last gave its gradients."""
     units: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -283,9 +285,9 @@ class Tally:
     workers: set[str] = field(default_factory=set)
 
 
-COUNTED = ("gradients", "reduce", "squares", "update", "commit")
+COUNTED = ("reduce", "squares", "update", "commit")
 PHASES = {
-    **dict.fromkeys(("forward", "last", "backward", "output", "gradient"), "units"),
+    **dict.fromkeys(("forward", "last", "backward", "output", "gradient", "seal"), "units"),
     **dict.fromkeys(("gradients", "reduce", "squares", "update", "store", "receipt", "commit"), "exchange"),
     **dict.fromkeys(("regroup", "give", "take", "roots"), "reshaping"),
     **dict.fromkeys(("fetch",), "saving"),
@@ -404,6 +406,8 @@ class SimulatedGroup:
         if method == "regroup":
             member.place = args[0]
             self._lay_out(args[1])
+        if method == "gradients":
+            self._layout = self._layout.sharing(args[1])
         made = Made(method, args, member.place, self._layout)
         made.number = next(self._calls)
         self._time(made, member, args, returns or 1)
@@ -430,16 +434,27 @@ class SimulatedGroup:
             return
         began = max(member.free, arrived, now + host.latency)
         seconds = self._seconds(made, amount) / host.speed
+        if made.method in ("seal", "gradients"):
+            seconds = self._hash(member, seconds, made.method == "gradients")
         member.free = finish = began + seconds
         if made.method in ("forward", "last", "backward"):
+            member.hashed = None
             self._compute(member, made, began, seconds)
         elif made.method in COUNTED:
-            member.summed = seconds + (member.summed if made.method != "gradients" else 0.0)
+            member.summed += seconds
         if finish >= host.dies:
             return
         made.finish = finish
         made.share, total = self._sends(made, returns)
         made.sent = finish + total / host.bandwidth
+
+    @staticmethod
+    def _hash(member: Member, seconds: float, given: bool) -> float:
+        """Seconds that a worker takes now to hash its sums, which it has done already or takes these for."""
+        known, member.hashed = member.hashed, seconds if member.hashed is None else member.hashed
+        if given:
+            member.summed = member.hashed
+        return seconds if known is None else 0.0
 
     def _arrival(self, host: Host, args: Sequence[Any]) -> tuple[float, float, float]:
         """(when the arguments are there, their bytes, when one of them was lost or NEVER)."""
@@ -525,7 +540,7 @@ class SimulatedGroup:
                 return load.unit * stage.share * 2 / 3
             case "last" | "gradient":
                 return load.unit * stage.share
-            case "gradients":
+            case "seal" | "gradients":
                 return 8 * held / HASHED
             case "reduce":
                 return amount / MOVED + 8 * self._owned(made) / HASHED

@@ -6,7 +6,7 @@ State, batch and step in; next state and a StepRecord out. Which workers there a
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -24,17 +24,29 @@ from storage.manifest import state_root
 from storage.records import StepRecord
 
 T = TypeVar("T")
-Lost = Callable[[WorkersLost, bool], None]
-"""Has a crew go on without workers; their places may stay empty for now where it is told that units are under way."""
 VALUE_ATTEMPTS, VALUE_SECONDS = 5, 2.0
 """How often a phase is begun again because a value is gone, while no worker is known to be, and how long after."""
+
+
+class Changes(Protocol):
+    """Who comes and goes while a crew trains (`runtime.roster`). All may raise WorkersLost."""
+
+    def lost(self, error: WorkersLost, later: bool = False) -> None:
+        """Have the crew go on without workers; with `later` their places may stay empty, as units are under way."""
+
+    def meanwhile(self) -> bool:
+        """While units are under way: let take part who has come. Whether somebody has."""
+
+    def settle(self) -> None:
+        """Before the state changes: a place for everybody who takes part, and nobody else has one."""
 
 
 @dataclass(kw_only=True)
 class Crew:
     """Started workers that hold one state between them. `members` are the group's workers at the places of the plan.
 
-    While units are done some of the places may be empty; for all else there is somebody at each.
+    While units are done some of the places may be empty and some workers have none; for all else there is somebody at
+    each, and nobody else.
     """
 
     group: WorkerGroup
@@ -45,6 +57,8 @@ class Crew:
     members: dict[str, str]
     gone: dict[str, str] = field(default_factory=dict)
     """Workers that are lost and have their places yet, with the reason: nobody calls them."""
+    joined: dict[str, int] = field(default_factory=dict)
+    """Workers that take part and have no place yet, with their stages, whose state they hold."""
     pace: Pace = field(default_factory=Pace)
     fixed: bool = True
     """Whether each replica takes the units that the plan gives it, and no others."""
@@ -60,6 +74,14 @@ class Crew:
     def workers(self) -> tuple[str, ...]:
         """Every worker's id: the places of the plan."""
         return self.layout.plan.workers
+
+    def present(self, stage: int) -> list[str]:
+        """The group's workers that may be given units of a stage."""
+        at_places = (self.members[place] for place in self.plan.team(stage))
+        return [
+            *(name for name in at_places if name not in self.gone),
+            *(name for name, at in self.joined.items() if at == stage),
+        ]
 
     def call(self, worker: str, method: str, *args: Any, returns: int | None = None) -> Any:
         """A call of the worker at a place, as `WorkerGroup.call`."""
@@ -212,21 +234,23 @@ def train_step(
     batch: Batch,
     validation: Sequence[Batch] = (),
     events: list[str] | None = None,
-    lost: Lost | None = None,
+    changes: Changes | None = None,
 ) -> tuple[StepRecord, tuple[bytes, ...]]:
     """The record of one step and its signed receipts; the crew holds the next state.
 
-    Workers that are lost are handed to `lost`, which lets the crew go on without them and may add to `events`; what
+    Workers that are lost are handed to `changes`, which lets the crew go on without them and may add to `events`; what
     they did of the step is done again. Raises StepFault where an operator refuses a value; the crew's state is worth
     nothing then.
     """
     events = [] if events is None else events
     work = Work(team=crew, step=step, batch=batch, micro_batches=crew.plan.micro_batches)
+    if changes:
+        work.meanwhile = changes.meanwhile
 
     def attempt() -> tuple[int, bytes, bytes, tuple[bytes, ...]]:
         losses = work.run()
-        if crew.gone:  # their places are given up once for all of them
-            raise WorkersLost(crew.gone)
+        if changes:
+            changes.settle()
         crew.layout = crew.layout.sharing(work.shares)
         exponent, gradient_root = _reduce(crew, step)
         loss = sum(crew.group.get(losses))
@@ -234,9 +258,9 @@ def train_step(
         root = _publish(crew, "update", step, squares, exponent)
         return loss, gradient_root, root, tuple(receipt for receipt in crew.gather("receipt", run, step) if receipt)
 
-    loss, gradient_root, root, receipts = going_on(crew, attempt, lost, work)
-    going_on(crew, lambda: crew.gather("commit"), lost)
-    measured = going_on(crew, lambda: _validate(crew, validation), lost)
+    loss, gradient_root, root, receipts = going_on(crew, attempt, changes, work)
+    going_on(crew, lambda: crew.gather("commit"), changes)
+    measured = going_on(crew, lambda: _validate(crew, validation), changes)
     record = StepRecord(
         step=step,
         data=batch_root(batch.inputs, batch.targets),
@@ -251,7 +275,7 @@ def train_step(
     return record, receipts
 
 
-def going_on(crew: Crew, act: Callable[[], T], lost: Lost | None, work: Work | None = None) -> T:
+def going_on(crew: Crew, act: Callable[[], T], changes: Changes | None, work: Work | None = None) -> T:
     """What `act` returns, done again while workers are lost and the crew can go on without them."""
     values = 0
     while True:
@@ -261,22 +285,22 @@ def going_on(crew: Crew, act: Callable[[], T], lost: Lost | None, work: Work | N
             return act()
         except ValueLost:
             values += 1
-            if lost is None or values == VALUE_ATTEMPTS:
+            if changes is None or values == VALUE_ATTEMPTS:
                 raise
         except WorkersLost as error:
-            if lost is None:
+            if changes is None:
                 raise
             values = 0
-            _without(error, lost, work)
+            _without(error, changes, work)
 
 
-def _without(error: WorkersLost, lost: Lost, work: Work | None) -> None:
+def _without(error: WorkersLost, changes: Changes, work: Work | None) -> None:
     """Have the crew go on without some workers, and without those that are lost meanwhile."""
     while True:
         if work:
             work.forget(error.lost)
         try:
-            return lost(error, work is not None and not work.done)
+            return changes.lost(error, work is not None and not work.done)
         except WorkersLost as further:
             error = further
 

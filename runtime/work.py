@@ -41,8 +41,6 @@ class Team(Protocol):
     group: WorkerGroup
     members: dict[str, str]
     """The group's worker at each place of the plan."""
-    gone: dict[str, str]
-    """Workers that have a place and are lost."""
     pace: "Pace"
     fixed: bool
     """Whether each replica takes what the plan's `units` say and nothing else."""
@@ -50,6 +48,9 @@ class Team(Protocol):
     @property
     def plan(self) -> Plan:
         """Where the work goes."""
+
+    def present(self, stage: int) -> list[str]:
+        """The group's workers that may be given units of a stage."""
 
 
 class Pace:
@@ -181,6 +182,8 @@ class Work:
     step: int
     batch: Batch
     micro_batches: Sequence[int]
+    meanwhile: Callable[[], bool] = lambda: False
+    """Called again and again: whether somebody has come who may be given units."""
     units: dict[tuple[int, int], Unit] = field(init=False)
     calls: dict[str, list[Call]] = field(init=False, default_factory=lambda: defaultdict(list))
     """What each worker has to do, in order."""
@@ -230,6 +233,8 @@ class Work:
         """Go on until every unit is done; handles of the losses. WorkersLost: `forget` them, then run again."""
         self._lines = {}  # who there is may have changed, and so may have what each has to do
         while self._left:
+            if self.meanwhile():
+                self._lines = {}
             self._issue()
             self._collect()
         return [self.units[self._last, m].loss for m in self.micro_batches]
@@ -266,8 +271,7 @@ class Work:
 
     def _seal_some(self, stage: int) -> None:
         """Have replicas that are not to get any more units hash their sums while the others compute."""
-        for place in self.team.plan.team(stage):
-            worker = self.team.members[place]
+        for worker in self.team.present(stage):
             if worker in self._summing and not self._begun[worker] and not self.calls[worker]:
                 self._summing.remove(worker)
                 unit, since = Unit(stage=stage, micro_batch=-1), self.team.pace.now()
@@ -364,13 +368,12 @@ class Work:
 
         None where the others are expected to have done all units by then.
         """
-        plan, members = self.team.plan, self.team.members
-        stage = unit.stage
+        plan, stage = self.team.plan, unit.stage
         if self.team.fixed:
-            worker = members[plan.worker(stage, plan.units[stage][unit.micro_batch])]
+            worker = self.team.members[plan.worker(stage, plan.units[stage][unit.micro_batch])]
             return worker if self._open(worker, stage) else None
         if stage not in self._lines:
-            team = [members[place] for place in plan.team(stage) if members[place] not in self.team.gone]
+            team = self.team.present(stage)
             rate = sum(1 / self._unit(stage, worker) for worker in team)
             self._lines[stage] = Line(team, partial(self._end, stage), rate)
         line = self._lines[stage]
@@ -468,7 +471,7 @@ class Work:
         team = self.team
         if team.fixed or isinstance(error, WorkersLost) or self._failed not in ("", call.worker):
             return False
-        return sum(team.members[place] not in team.gone for place in team.plan.team(call.unit.stage)) > 1
+        return len(team.present(call.unit.stage)) > 1
 
     def _taken(self, call: Call) -> None:
         """Note the results of a call."""

@@ -1,12 +1,14 @@
 """Workers that are lost, come and leave, in this process: whatever happens at whichever call, the bytes stay."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import pytest
 
+from runtime.clock import WallClock
 from runtime.controller import Assembled, Changed, Controller, Elastic, Ended, Event, Stepped
 from runtime.executors import reference
 from runtime.groups import Handle, LocalGroup, ValueLost, WorkersLost
@@ -122,6 +124,7 @@ def elastic(
     keys: str = "",
     between: Any = None,
     fixed: bool = False,
+    clock: WallClock | None = None,
 ) -> tuple[Ended, Store, list[Event]]:
     """The tiny job on workers that may change."""
     store = memory_store()
@@ -138,7 +141,7 @@ def elastic(
         job=job,
         group=group,
         plan=plan_for(job, stages=stages, replicas=replicas),
-        elastic=Elastic(membership=group, grow=grow, fixed=fixed, patience=2.0),
+        elastic=Elastic(membership=group, grow=grow, fixed=fixed, patience=2.0, clock=clock or WallClock()),
         keys=keys,
         observe=observe,
     ).run()
@@ -225,6 +228,76 @@ def test_lost_workers_are_replaced_and_hosts_that_join_are_used(
     assert told[0] == "lost s0r1: it was made to"
     assert told.count("joined s0r1") == 1
     assert "joined s0r2" in told
+
+
+class AtOnce(WallClock):
+    """What is done beside is done before anything else."""
+
+    def beside(self, act: Callable[[], None]) -> "Future[None]":
+        made: Future[None] = Future()
+        try:
+            act()
+        except FailureError as error:
+            made.set_exception(error)
+        else:
+            made.set_result(None)
+        return made
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> WallClock:
+    """Workers are looked for all the time, are there at once, and take one tensor of the state at a time."""
+    for name in ("LOOK_SECONDS", "ASK_SECONDS", "REST_SECONDS", "WINDOW_BYTES"):
+        monkeypatch.setattr(f"runtime.roster.{name}", 0)
+    return AtOnce()
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_who_comes_within_a_step_takes_units_of_it(
+    honest: tuple[Ended, list[bytes]], eager: WallClock, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, stages: int
+) -> None:
+    monkeypatch.setattr("runtime.roster.WINDOW_BYTES", 2**28)
+    group = LossyGroup(places=0)
+
+    def grow(event: Event) -> None:
+        if isinstance(event, Stepped) and event.record.step == 1:
+            group.places = stages + 1  # asked for before step 2, there when its first units are under way
+
+    ended, store, _ = elastic(
+        group, stages=stages, replicas=1, grow=True, keys=str(tmp_path), clock=eager, between=grow
+    )
+    assert (ended, facts(store)) == honest
+    history = History.open(store, "tiny")
+    (joined,) = history.steps()[2].events
+    assert joined.startswith("joined s")
+    receipts = [
+        decode_receipt(item) for segment in history.segments() for item in history.items(segment.receipts_object)
+    ]
+    new = {(receipt.step, receipt.worker): receipt for receipt in receipts}[2, joined.split()[1]]
+    assert new.units
+    assert new.replicas == 2
+
+    def replay(plan: Plan | None) -> Replay:
+        return Replay(store, history.run, build=worker_builder(reference), plan=plan)
+
+    for step in range(5):
+        assert judge(history, step // 2, step, replay).agrees
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "when due"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["1x3", "2x2", "3x2"])
+def test_losses_and_joins_at_any_call_change_no_bit(
+    honest: tuple[Ended, list[bytes]], eager: WallClock, shape: dict[str, int], late: bool
+) -> None:
+    draw = random.Random(f"{shape} {late} and joins")
+    lose: dict[int, list[str]] = {}
+    for serial in range(4):  # also some of those that came for others, before they take part or after
+        place = f"s{draw.randrange(shape['stages'])}r{draw.randrange(shape['replicas'])}"
+        lose.setdefault(draw.randrange(1, calls_of(**shape)), []).append(f"{place}.{serial}" if serial else place)
+    group = LossyGroup(lose, late=late, places=shape["stages"] * shape["replicas"] + 1)
+    ended, store, seen = elastic(group, **shape, grow=True, clock=eager)
+    assert (ended, facts(store)) == honest, lose
+    assert any(isinstance(event, Changed) and event.what.startswith("joined") for event in seen)
 
 
 class Stillborn(LossyGroup):
