@@ -16,9 +16,14 @@ from runtime.executors import reference
 from runtime.groups import Handle, LocalGroup, ValueLost, WorkersLost
 from runtime.places import StepFault
 from runtime.plan import Plan
+from runtime.program.training import CHUNK, BlockSpec
 from runtime.revision import ByPlanner, Reviser, Revision, Standing
+from runtime.roster import bring
 from runtime.segments import History
+from runtime.shards import make_layout
+from runtime.simulation import Load, program_of
 from runtime.testing import local_group, plan_for, tiny_job, train
+from runtime.transition import Crew
 from runtime.worker import StageWorker, worker_builder
 from storage.codec import decode, encode
 from storage.errors import FailureError
@@ -590,16 +595,63 @@ def test_a_host_that_starts_no_worker_is_done_without(
 ) -> None:
     monkeypatch.setattr("runtime.roster.REST_SECONDS", 0.0)
     group = Hosted("a", "b", "c")
-    started = group.start
-
-    def start(configs: Mapping[str, bytes]) -> None:
-        if any(group.sent[worker] == "c" for worker in configs):
-            group.fails.add("c")
-        started(configs)
-
-    monkeypatch.setattr(group, "start", start)
+    fail_from_the_first_start(group, "c")
     script = (SCRIPT[0], ((0, 2, 4), (("a",), ("c",))), ((0, 3, 4), (("a",), ("b",))))
     ended, store, told = revised(group, Scripted(group, *script), between=patient)
     assert (ended, facts(store)) == honest
     assert told[0].startswith("a worker for stage 1 did not come up")
     assert told[1:] == ["moved: to (0, 3, 4)"]
+
+
+def test_a_run_begins_without_a_host_that_starts_no_worker(honest: tuple[Ended, list[bytes]]) -> None:
+    group = Hosted("a", "b")
+    reviser = planner_of(group)
+    assert set(reviser.begin().places.values()) == {"a", "b"}
+    first = fail_from_the_first_start(group, "b")
+    ended, store, told = revised(group, reviser)
+    assert (ended, facts(store)) == honest
+    assert (told, first) == ([], ["b"])
+    assert "back to the last checkpoint: worker" in History.open(store, "tiny").steps()[0].events[0]
+
+
+def fail_from_the_first_start(group: Hosted, bad: str) -> list[str]:
+    """From the first time that a worker is to be started on a host it is known to fail: the hosts that did."""
+    failed: list[str] = []
+    started = group.start
+
+    def start(configs: Mapping[str, bytes]) -> None:
+        if bad in [group.sent[worker] for worker in configs]:
+            group.fails.add(bad)
+            failed.append(bad)
+        started(configs)
+
+    group.start = start  # type: ignore[method-assign]
+    return failed
+
+
+class Noting(LocalGroup):
+    """Workers that are only names: who takes which tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(bytes)
+        self.taken: list[tuple[str, str, int]] = []
+
+    def call(self, worker: str, method: str, *args: Any, returns: int | None = None) -> Any:
+        if method == "take":
+            self.taken.append((worker, *args[:2]))
+        return (b"root",)
+
+
+def test_who_held_nothing_is_given_all() -> None:
+    whole = program_of(Load(weights=2 * CHUNK, blocks=2))
+    names = tuple(spec.name for spec in whole.tensors)
+    blocks = (BlockSpec(kind=0, tensors=()), BlockSpec(kind=0, tensors=names))
+    program = replace(whole, header=replace(whole.header, blocks=blocks))
+    plan = Plan(bounds=(0, 1, 2), replicas=(1, 1), units=((0,), (0,)))
+    group, keys = Noting(), ("weight", *whole.slots)
+    layout = make_layout(plan, program)
+    roots = {(key, chunk): b"root" for key in keys for chunk in layout.owners}
+    crew = Crew(group=group, program=program, layout=layout, keys=keys, members={"s0r0": "a", "s1r0": "b"}, roots=roots)
+    bring(crew, plan, {"s0r0": "b", "s1r0": "a"})
+    assert sorted(group.taken) == sorted(("a", key, tensor) for key in keys for tensor in range(len(names)))
+    assert crew.members == {"s0r0": "b", "s1r0": "a"}
