@@ -17,6 +17,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
+from itertools import count
 from typing import Any, TypeVar
 
 from runtime.clock import Clock, WallClock
@@ -24,6 +26,7 @@ from runtime.feed import Feed
 from runtime.groups import Membership, WorkerConfig, WorkerGroup, WorkersLost
 from runtime.plan import Plan
 from runtime.program.training import TrainingProgram
+from runtime.revision import Reviser, Revision
 from runtime.roster import REASON, Roster, StageLost
 from runtime.segments import FAILED, FINISHED, INTERRUPTED, RUNNING, History, Position
 from runtime.transition import Crew, StateParts, assemble, going_on, initialise, restore, train_step
@@ -144,6 +147,14 @@ class Elastic:
     patience: float = 300.0
     """Seconds that a run without enough workers waits for them."""
     clock: Clock = field(default_factory=WallClock)
+    reviser: Reviser | None = None
+    """Says which hosts take which blocks, also while the run trains; without, stages stay as they are."""
+
+
+def sent(reviser: Reviser, revision: Revision) -> Plan:
+    """The plan of what a run begins with, once the sites know which worker goes where."""
+    reviser.sites.send(revision.places)
+    return revision.plan
 
 
 class Controller:
@@ -190,6 +201,7 @@ class Controller:
         self._falls = 0
         """How often in a row the run went back to a checkpoint without a step done since."""
         self._saver = Saver(store)
+        self._serial = count(1)
 
     def run(self) -> Ended:
         """Go on until the run is finished or `stop` says so; raises what failed, with the last checkpoint in place."""
@@ -220,23 +232,33 @@ class Controller:
             return self._fall_back(error, self._elastic)
 
     def _fall_back(self, error: FailureError, elastic: Elastic) -> Phase:
-        """Back to the last checkpoint, with as many workers as there is room for."""
+        """Back to the last checkpoint, with as many workers as there is room for, or as the reviser now places them."""
         self._falls += 1
         if self._roster:
             self._roster.close()
             self._roster = None
         self._group.stop()
         self._settle()
-        clock, plan, stages = elastic.clock, self._plan, len(self._plan.replicas)
-        began = clock.now()
-        while (room := elastic.membership.room() // stages) < 1:
+        clock, began = elastic.clock, elastic.clock.now()
+        while (plan := self._next_plan(elastic)) is None:
             if self._stop() or clock.now() - began > elastic.patience:
                 raise error
             clock.sleep(1.0)
-        self._plan = plan.resized([min(room, most) for most in self._most])
+        self._plan = plan
         self._resumed = self._resumed or hasattr(self, "_history")
         self._events.append(f"back to the last checkpoint: {str(error)[:REASON]}")
         return Phase.ASSEMBLE
+
+    def _next_plan(self, elastic: Elastic) -> Plan | None:
+        """A plan for the workers that could be started now; None where they are not enough."""
+        if elastic.reviser is None:
+            room = elastic.membership.room() // len(self._plan.replicas)
+            return self._plan.resized([min(room, most) for most in self._most]) if room else None
+        try:
+            revision = elastic.reviser.begin()
+        except FailureError:
+            return None
+        return sent(elastic.reviser, revision)
 
     def _advance(self, phase: Phase) -> Phase:
         """Do what the phase says; the next phase."""
@@ -284,6 +306,8 @@ class Controller:
                 configure=configure,
                 membership=elastic.membership,
                 grow=elastic.grow,
+                reviser=elastic.reviser,
+                serial=self._serial,
                 wanted=self._most,
                 clock=clock,
                 note=self._changed,
@@ -324,7 +348,8 @@ class Controller:
             self._settle()
         feed, position = self._job.feed, self._position
         if self._roster:
-            self._surviving(self._roster.turn)
+            steps_left = feed.steps - position.next_step
+            self._surviving(partial(self._roster.turn, steps_left))
         record, receipts = train_step(
             self._crew,
             run=self._history.run_digest,

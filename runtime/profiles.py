@@ -26,6 +26,7 @@ from runtime.program.executor import Executor
 from runtime.program.program import Program
 from runtime.program.training import CHUNK, KindSpec, TrainingProgram, chunk_lengths
 from runtime.program.types import NUMPY, Type
+from runtime.revision import off
 from runtime.version import VERSION
 from storage import merkle
 from storage.files import make_folder, write_whole
@@ -37,7 +38,6 @@ BANDWIDTH, LATENCY = 125e6, 0.5e-3
 """Of a link that nobody measured: 1 Gbit/s, bytes and seconds."""
 RESERVED = 2**29
 """Bytes that a worker's process takes beside arrays: Python, torch, kernels, Ray."""
-DRIFT, SEVERAL = 0.25, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,14 +316,11 @@ def _decoded(body: Mapping[str, Any]) -> HostProfile:
 
 
 def drifted(profile: HostProfile, observed: Sequence[tuple[Sequence[int], float]]) -> bool:
-    """Whether the last SEVERAL units all took more than DRIFT longer or shorter than measured: time to measure again.
+    """Whether the last units all took far longer, or shorter, than measured (`revision.off`): time to measure again.
 
     Each is (the kinds of the blocks it went through, seconds forward and backward).
     """
-    ratios = [seconds / max(profile.unit_seconds(kinds), 1e-12) for kinds, seconds in observed[-SEVERAL:]]
-    if len(ratios) < SEVERAL:
-        return False
-    return min(ratios) > 1 + DRIFT or max(ratios) < 1 - DRIFT
+    return off([seconds / max(profile.unit_seconds(kinds), 1e-12) for kinds, seconds in observed])
 
 
 def make_model(program: TrainingProgram, profile: HostProfile) -> Model:

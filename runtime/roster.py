@@ -4,7 +4,7 @@ Units are pure and sums are integers, so none of this can change a bit. Every re
 of the stage: while one is left, nothing is lost but what the others had under way.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -13,6 +13,7 @@ from itertools import count
 from runtime.clock import Clock
 from runtime.groups import Handle, Membership, ValueLost, WorkersLost
 from runtime.plan import Plan
+from runtime.revision import Reviser, Revision, Standing
 from runtime.shards import WEIGHT, Layout, make_layout
 from runtime.transition import Crew
 from storage.codec import encode
@@ -30,8 +31,8 @@ POLL = 0.5
 """Seconds after which tensors on their way are looked at."""
 MISSED = 5
 """How often in a row tensors that a worker is given may be lost on their way, while no worker is known to be."""
-REASON = 160
-"""Characters of a reason that go into a record."""
+REASON, TOLD = 160, 400
+"""Characters of a reason, and of what is told of a plan, that go into a record."""
 
 
 class StageLost(FailureError):
@@ -42,7 +43,9 @@ class Roster:
     """Keeps a crew going: without those that are lost, with those that come.
 
     `configure` gives the encoded WorkerConfig of a worker at a place of a plan. Lost workers are replaced up to
-    `wanted` in each stage; with `grow` there may be more, up to one a micro-batch. `note` is told what happens.
+    `wanted` in each stage; with `grow` there may be more, up to one a micro-batch. With a `reviser` it is that which
+    says what the plan is and on which hosts, and neither of these counts. `serial` numbers the workers that come,
+    and goes on where another Roster of the same group stopped. `note` is told what happens.
     """
 
     def __init__(
@@ -54,15 +57,18 @@ class Roster:
         wanted: Sequence[int],
         clock: Clock,
         grow: bool = False,
+        reviser: Reviser | None = None,
+        serial: Iterator[int] | None = None,
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._crew = crew
         self._configure = configure
         self._membership = membership
         self._grow = grow
+        self._reviser = reviser
         self._note = note
         self._wanted = wanted
-        self._serial = count(1)
+        self._serial = serial or count(1)
         self._clock = clock
         self._coming: list[tuple[str, int, Future[None]]] = []
         """Workers that are being started: their names in the group and their stages."""
@@ -71,6 +77,10 @@ class Roster:
         self._fetches: dict[str, _Fetch] = {}
         """What those of them take from their peers while units are under way."""
         self._next_look = self._next_ask = 0.0
+        self._target: Revision | None = None
+        """The plan to change over to once the workers that it lacks are there."""
+        self._unsettled = False
+        """Whether some workers may not have been told their places."""
 
     def lost(self, error: WorkersLost, later: bool = False) -> None:
         """Go on without the workers that are lost; StageLost where a stage has none left.
@@ -91,24 +101,30 @@ class Roster:
             self._note(f"lost {place}: {error.lost[name][:REASON]}")
         gone = {place: crew.gone[name] for place, name in crew.members.items() if name in crew.gone}
         self._require_somebody(gone)
-        if gone and (crew.fixed or not later):
+        if (gone and (crew.fixed or not later)) or self._unsettled:
             self._change(gone, [])
         if not later:
             crew.gone = {}
 
-    def turn(self) -> None:
-        """Between two steps: let go who is leaving, take in who has come, ask for more where there is room."""
+    def turn(self, steps_left: int = 0) -> None:
+        """Between two steps: let go who is leaving, take in who has come, ask for more where there is room.
+
+        With a reviser: change over to another plan where that pays in the steps that are left.
+        """
         self._welcome()
-        left = self._leaving() if self._crew.pace.now() >= self._next_look else {}
-        if left or self._here:
-            self._change(left, self._here)
-            self._here = []
+        now = self._crew.pace.now()
+        left = self._leaving() if now >= self._next_look else {}
+        here = [] if self._reviser else list(self._here)  # with a reviser they come with their plan
+        if left or here:
+            self._change(left, here)
         self._look()
+        if self._reviser and not self._coming:
+            self._revise(self._reviser, steps_left, now)
 
     def meanwhile(self) -> bool:
         """See Changes: whoever has come takes the state from peers, which does not change while units are under way."""
         crew = self._crew
-        if crew.fixed:
+        if crew.fixed or self._reviser:
             return False
         self._welcome()
         self._look()
@@ -146,7 +162,7 @@ class Roster:
         if crew.gone or crew.joined:
             gone = {place: crew.gone[name] for place, name in crew.members.items() if name in crew.gone}
             self._change(gone, list(crew.joined.items()))
-            crew.gone, crew.joined = {}, {}
+            crew.gone = {}
 
     def _dismiss(self, name: str, error: FailureError) -> None:
         """A worker that did not get the state is not waited for."""
@@ -160,7 +176,7 @@ class Roster:
         now = self._crew.pace.now()
         if now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
-            if now >= self._next_ask and (room := self._membership.room()):
+            if not self._reviser and now >= self._next_ask and (room := self._membership.room()):
                 self._next_ask = now + ASK_SECONDS
                 self._ask(room)
 
@@ -181,7 +197,9 @@ class Roster:
         wanted = plan.resized([len(old) + len(new) for old, new in zip(stay, come, strict=True)])
         order = [name for old, new in zip(stay, come, strict=True) for name in (*old, *new)]
         leaving = {crew.members[place]: place for place in without if crew.members[place] not in crew.gone}
-        reshape(crew, wanted, dict(zip(wanted.workers, order, strict=True)))  # once: everybody is told
+        bring(crew, wanted, dict(zip(wanted.workers, order, strict=True)))  # once: everybody is told
+        self._here = [one for one in self._here if one not in here]
+        crew.joined = {name: stage for name, stage in crew.joined.items() if (name, stage) not in here}
         crew.group.stop(list(leaving))
         crew.pace.forget(leaving)
         for place in leaving.values():
@@ -189,6 +207,65 @@ class Roster:
         for stage, old in enumerate(stay):
             for place in wanted.team(stage)[len(old) :]:
                 self._note(f"joined {place}")
+        self._settle()
+
+    def _settle(self) -> None:
+        """Tell everybody the places; where some are lost meanwhile that is done again, for those that are left."""
+        self._unsettled = True
+        regroup(self._crew)
+        self._unsettled = False
+
+    # -------------------------------------------------------------------------------------------------- another plan
+
+    def _revise(self, reviser: Reviser, steps_left: int, now: float) -> None:
+        """Change over to the plan whose workers have come, or have those of a better one started."""
+        target, self._target = self._target, None
+        if target is None:
+            target = reviser.revise(self._standing(reviser.sites.at(), steps_left, now))
+            if target is None or self._send(reviser, target):
+                self._target = target
+                return
+        self._follow(reviser, target)
+
+    def _standing(self, at: Mapping[str, str], steps_left: int, now: float) -> Standing:
+        crew = self._crew
+        hosts = {place: at[name] for place, name in crew.members.items() if name in at}
+        known = {place: self._observed(place) for place in hosts}
+        seconds = {place: unit for place, unit in known.items() if unit is not None}
+        return Standing(plan=crew.plan, hosts=hosts, seconds=seconds, steps_left=steps_left, now=now)
+
+    def _observed(self, place: str) -> float | None:
+        """Seconds that a unit takes the worker at a place, None where it has not done one."""
+        crew, (stage, _) = self._crew, Plan.place(place)
+        known = [crew.pace.of(crew.members[place], method, stage) for method in _methods(crew.plan, stage)]
+        return None if None in known else sum(seconds for seconds in known if seconds is not None)
+
+    def _send(self, reviser: Reviser, target: Revision) -> bool:
+        """Have workers started on those hosts of a plan that have none, beside training; whether there are such."""
+        busy = set(reviser.sites.at().values())
+        for place, host in target.places.items():
+            if host not in busy:
+                name = f"{place}.{next(self._serial)}"
+                reviser.sites.send({name: host})
+                self._start(name, place, self._configure(place, target.plan))
+        return bool(self._coming)
+
+    def _follow(self, reviser: Reviser, target: Revision) -> None:
+        """Change over to a plan, unless some of its workers did not come or are lost again."""
+        crew = self._crew
+        worker = {host: name for name, host in reviser.sites.at().items() if name not in crew.gone}
+        members = {place: worker[host] for place, host in target.places.items() if host in worker}
+        missing = len(members) < len(target.plan.workers)
+        if not missing:
+            bring(crew, target.plan, members)
+            crew.pace.forget(members.values())  # stages are others, and so are their units
+            self._note(target.told[:TOLD])
+        self._here = []
+        rest = set(worker.values()) - set(crew.members.values())
+        crew.group.stop(sorted(rest))
+        crew.pace.forget(rest)
+        if not missing:
+            self._settle()
 
     # ----------------------------------------------------------------------------------------------------- leaving
 
@@ -216,17 +293,23 @@ class Roster:
         """Have workers started for the stages that need them most, as many as there is room for."""
         configs: dict[int, tuple[str, bytes]] = {}
         crew = self._crew
-        replicas = list(crew.plan.replicas)
+        replicas = [len(crew.present(stage)) for stage in range(len(crew.plan.replicas))]
+        for expected in [stage for _, stage, _ in self._coming] + [stage for _, stage in self._here]:
+            replicas[expected] += 1
         while room > 0 and (stage := self._short(replicas)) is not None:
             if stage not in configs:
                 plan = crew.plan.resized([n + (at == stage) for at, n in enumerate(crew.plan.replicas)])
                 place = plan.team(stage)[-1]
                 configs[stage] = place, self._configure(place, plan)
             place, config = configs[stage]
-            name = f"{place}.{next(self._serial)}"
-            self._coming.append((name, stage, self._clock.beside(partial(crew.group.start, {name: config}))))
+            self._start(f"{place}.{next(self._serial)}", place, config)
             replicas[stage] += 1
             room -= 1
+
+    def _start(self, name: str, place: str, config: bytes) -> None:
+        """Have a worker started beside training."""
+        started = self._clock.beside(partial(self._crew.group.start, {name: config}))
+        self._coming.append((name, Plan.place(place)[0], started))
 
     def _short(self, replicas: Sequence[int]) -> int | None:
         """The stage of so many replicas that most needs another one, None where none does."""
@@ -237,8 +320,7 @@ class Roster:
     def _unit(self, stage: int) -> float:
         """What a micro-batch takes a replica of a stage, about."""
         plan, pace = self._crew.plan, self._crew.pace
-        methods = ("last",) if stage == len(plan.replicas) - 1 else ("forward", "backward")
-        known = [pace.known(method, stage) for method in methods]
+        known = [pace.known(method, stage) for method in _methods(plan, stage)]
         return sum(seconds for seconds in known if seconds is not None) or float(len(plan.stages[stage]))
 
     def _welcome(self) -> None:
@@ -255,20 +337,33 @@ class Roster:
                 self._here.append((name, stage))
 
 
+def _methods(plan: Plan, stage: int) -> tuple[str, ...]:
+    """The calls that make a unit of a stage."""
+    return ("last",) if stage == len(plan.replicas) - 1 else ("forward", "backward")
+
+
 # ------------------------------------------------------------------------------------------------------------- moves
 
 
-def reshape(crew: Crew, plan: Plan, members: Mapping[str, str]) -> None:
-    """Have the group's workers work at the places of another plan.
+def bring(crew: Crew, plan: Plan, members: Mapping[str, str]) -> None:
+    """Have the crew's workers hold what the places of another plan need, which is the crew's plan from now on.
 
     What one lacks of the state it takes from one that has it, and the roots of what arrives are compared with those
-    that are known. WorkersLost: nothing has changed yet, or everything has for those that are left.
+    that are known. WorkersLost: nothing has changed. The workers have yet to be told: `regroup`.
     """
     layout = make_layout(plan, crew.program)
     _move(crew, layout, members)
-    places = encode(plan)
-    crew.group.get([crew.group.call(name, "regroup", place, places) for place, name in members.items()])
     crew.layout, crew.members = layout, dict(members)
+
+
+def regroup(crew: Crew) -> None:
+    """Tell the workers their places; what these do not need is let go.
+
+    WorkersLost: some may not have been told. All hold what their places need, so it can be done again without those
+    that are lost.
+    """
+    places = encode(crew.plan)
+    crew.group.get([crew.group.call(name, "regroup", place, places) for place, name in crew.members.items()])
 
 
 @dataclass(kw_only=True)
@@ -319,9 +414,10 @@ class _Fetch:
 
 def _move(crew: Crew, layout: Layout, members: Mapping[str, str]) -> None:
     """Have all workers hold what their places in a layout need."""
-    stages = range(len(layout.plan.replicas))
-    kept = [_kept(crew, crew.layout, crew.plan.team(stage)[0]) for stage in stages]
-    needed = [_kept(crew, layout, layout.plan.team(stage)[0]) for stage in stages]
+    kept, needed = (
+        [_kept(crew, of, of.plan.team(stage)[0]) for stage in range(len(of.plan.replicas))]
+        for of in (crew.layout, layout)
+    )
     at = {name: crew.plan.place(place)[0] for place, name in crew.members.items()} | crew.joined
     fetches = []
     for place, name in members.items():

@@ -73,6 +73,10 @@ class Pace:
         """The longest of what workers are expected to take for a call; None where none has made it yet."""
         return max(self._seconds[method, stage].values(), default=None)
 
+    def of(self, worker: str, method: str, stage: int) -> float | None:
+        """What such a call takes this worker; None where it has made none."""
+        return self._seconds[method, stage].get(worker)
+
     def seconds(self, worker: str, method: str, stage: int, *, first: float = 1.0) -> float:
         """What a worker is expected to take: as the others where it made no such call, `first` where nobody did."""
         of = self._seconds[method, stage]
@@ -325,7 +329,11 @@ class Work:
 
     def _call(self, unit: Unit, method: str, *args: Any, returns: int | None = None, again: bool = False) -> None:
         since = self.team.pace.now()
-        made = self.team.group.call(unit.worker, method, self.step, unit.micro_batch, *args, returns=returns)
+        try:
+            made = self.team.group.call(unit.worker, method, self.step, unit.micro_batch, *args, returns=returns)
+        except WorkersLost:  # this one, or another
+            self._unmade(unit, method, again)
+            raise
         results = (made,) if returns is None else tuple(made)
         call = Call(unit=unit, worker=unit.worker, method=method, results=results, since=since, again=again)
         self.calls[unit.worker].append(call)
@@ -499,10 +507,14 @@ class Work:
             self.units[unit.stage - 1, unit.micro_batch].y = None
         if unit.stage < self._last and call.method in ("backward", "gradient"):
             self.units[unit.stage + 1, unit.micro_batch].dx = None
-        if call.method == "backward":
+        self._unmade(unit, call.method, call.again)
+
+    def _unmade(self, unit: Unit, method: str, again: bool) -> None:
+        """A call was not made: the unit is where it was."""
+        if method == "backward":
             unit.state = State.BETWEEN
             self._between[unit.stage][unit.micro_batch] = unit
-        elif not call.again:
+        elif not again:
             self._begun[unit.worker] -= 1
             unit.worker, unit.state = "", State.WAITING
             self._wait(unit)

@@ -63,6 +63,13 @@ StoreFolder = Annotated[str, typer.Option("--store", metavar="DIR", help="The st
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object; progress goes to stderr.")]
 Replicas = Annotated[int, typer.Option(help="Replicas of each stage; 0 is all that the CPUs take, more as hosts join.")]
 Stages = Annotated[int, typer.Option(help="Pipeline stages.")]
+Auto = Annotated[
+    bool,
+    typer.Option(
+        "--auto",
+        help="Measure each host, place by the planner, and move blocks while training when that pays for itself.",
+    ),
+]
 Shares = Annotated[str, typer.Option(help="Micro-batches by replica, such as 3,1; even without.")]
 Threads = Annotated[int, typer.Option(help="Threads of a worker; 0 is all that torch sees.")]
 ExecutorName = Annotated[str, typer.Option("--executor", help="compiled or reference: the same bytes.")]
@@ -80,6 +87,7 @@ def run(
     replicas: Replicas = 1,
     stages: Stages = 1,
     shares: Shares = "",
+    auto: Auto = False,
     threads: Threads = 1,
     executor: ExecutorName = executors.DEFAULT,
     address: Address = None,
@@ -103,12 +111,16 @@ def run(
     trueweight run recipes/quickstart.toml --replicas 2 --stages 2
     trueweight run recipes/quickstart.toml --lock recipes/quickstart.lock.toml
     trueweight run my.toml --address 10.0.0.1:6379 --replicas 4 --shares 3,3,1,1
+    trueweight run my.toml --address 10.0.0.1:6379 --auto
     trueweight run faulty.toml --local --inject kind=skip,step=3,micro_batch=1
     """
     console = console_for(as_json)
     read = load_recipe(recipe)
     expected = read_lock(lock) if lock else None
     parts = _shares(shares)
+    if auto:
+        _require_free(stages=stages, replicas=replicas, shares=shares, threads=threads, local=local)
+        threads = 0  # one for each CPU of the host
     make_plan(blocks=max(stages, 1), stages=stages, replicas=replicas or 1, micro_batches=1, shares=parts)
     objects = wiring.open_folder(store, create=True)
     chosen = wiring.choose_name(objects, name, default=read.name)
@@ -120,6 +132,8 @@ def run(
         if expected and lock:
             check_lock(expected, wiring.found_roots(job), lock)
         group, plan, elastic = _placed(job, workers, stages=stages, replicas=replicas, shares=parts)
+        if auto:
+            plan, elastic = placement_cli.follow(job, objects.get(job.programs), workers, console)
         if inject:
             group = investigation.spoiled(objects, job, plan, inject, local=local, executor=executor)
         training = Training(console=console, store=objects, job=job, keys=keys, threads=threads, elastic=elastic)
@@ -137,6 +151,7 @@ def resume(
     replicas: Replicas = 1,
     stages: Stages = 1,
     shares: Shares = "",
+    auto: Auto = False,
     threads: Threads = 1,
     executor: ExecutorName = executors.DEFAULT,
     address: Address = None,
@@ -152,9 +167,13 @@ def resume(
     \b
     trueweight resume quickstart
     trueweight resume quickstart --replicas 2 --address 10.0.0.1:6379
+    trueweight resume quickstart --auto --address 10.0.0.1:6379
     """
     console = console_for(as_json)
     expected = read_lock(lock) if lock else None
+    if auto:
+        _require_free(stages=stages, replicas=replicas, shares=shares, threads=threads, local=local)
+        threads = 0  # one for each CPU of the host
     objects = wiring.open_folder(store, create=False)
     history = History.open(objects, name)
     job = wiring.stored_job(objects, history)
@@ -166,6 +185,8 @@ def resume(
     else:
         with wiring.worker_group(local=local, address=address, executor=executor, tell=teller(console)) as workers:
             group, plan, elastic = _placed(job, workers, stages=stages, replicas=replicas, shares=parts)
+            if auto:
+                plan, elastic = placement_cli.follow(job, objects.get(job.programs), workers, console)
             training = Training(console=console, store=objects, job=job, keys=keys, threads=threads, elastic=elastic)
             ended = training.run(group, plan, history)
     return report_end(console, ended, job, as_json=as_json, store=store, lock=(lock, expected))
@@ -293,6 +314,7 @@ def submit(
     replicas: Replicas = 1,
     stages: Stages = 1,
     shares: Shares = "",
+    auto: Auto = False,
     threads: Threads = 1,
     executor: ExecutorName = executors.DEFAULT,
     lock: LockFile = None,
@@ -314,6 +336,9 @@ def submit(
     files, modules = wiring.recipe_files(read, recipe)
     arguments = ["--store", store, "--replicas", str(replicas), "--stages", str(stages), "--threads", str(threads)]
     arguments += ["--executor", executor]
+    if auto:
+        _require_free(stages=stages, replicas=replicas, shares=shares, threads=threads, local=False)
+    arguments += ["--auto"] if auto else []
     arguments += ["--shares", shares] if _shares(shares) else []
     arguments += ["--name", name] if name else []
     if lock:
@@ -364,6 +389,22 @@ def _placed(
     if workers.membership is None:
         return workers.group, plan, None
     return workers.group, plan, Elastic(membership=workers.membership, grow=not replicas, fixed=shares is not None)
+
+
+def _require_free(*, stages: int, replicas: int, shares: str, threads: int, local: bool) -> None:
+    """UsageError where something is asked for that --auto decides."""
+    asked = {
+        "--local": local,
+        "--stages": stages != 1,
+        "--replicas": replicas != 1,
+        "--shares": bool(shares),
+        "--threads": threads != 1,
+    }
+    if given := [option for option, is_given in asked.items() if is_given]:
+        raise UsageError(
+            f"--auto chooses hosts, blocks, micro-batches and threads of a cluster's workers: expected none of "
+            f"{', '.join(asked)} beside it, got {', '.join(given)}; drop {'these' if given[1:] else 'it'}"
+        )
 
 
 def _shares(text: str) -> list[int] | None:

@@ -9,10 +9,12 @@ import typer
 from rich.console import Console
 
 from runtime import executors
-from runtime.controller import Job
+from runtime.controller import Elastic, Job, sent
+from runtime.plan import Plan
 from runtime.planner import Excluded, Placement, Stage, gib, make_placement
 from runtime.profiles import FOLDER, HostProfile, cached, host_of, make_model, profile_file
 from runtime.recipe import load_recipe
+from runtime.revision import ByPlanner
 from trueweight import reports, wiring
 from trueweight.cluster_files import read_file
 from trueweight.console import console_for, print_json, say, teller
@@ -135,6 +137,22 @@ def _measured(
         tell=teller(console),
     )
     return job, profile
+
+
+def follow(job: Job, programs: bytes, workers: wiring.Workers, console: Console) -> tuple[Plan, Elastic]:
+    """(the plan to begin with, how the run keeps to the planner's): all hosts measured, and what they will do shown.
+
+    `programs` is the encoding of the job's program. FailureError where the model does not fit the hosts.
+    """
+    assert workers.membership is not None
+    assert workers.survey is not None
+    model, sites = workers.survey(job.program, programs)
+    reviser = ByPlanner(model=model, sites=sites)
+    started = time.perf_counter()
+    plan = sent(reviser, reviser.begin())
+    if reviser.placement:
+        print_placement(console, placement_report(reviser.placement, job, searched=time.perf_counter() - started))
+    return plan, Elastic(membership=workers.membership, reviser=reviser)
 
 
 # ------------------------------------------------------------------------------------------------------------- reports

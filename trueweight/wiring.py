@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.controller import Job
+from runtime.costs import Model
 from runtime.data import open_dataset, prepare
 from runtime.executors import named
 from runtime.feed import Feed
 from runtime.groups import LocalGroup, Membership, WorkerGroup
 from runtime.program.training import TrainingProgram
 from runtime.recipe import FactoryConfig, Recipe, decode_recipe
+from runtime.revision import Sites
 from runtime.segments import History, free_name, head_name, taken
 from storage.errors import UsageError
 from storage.local import LocalObjects
@@ -84,6 +86,8 @@ class Workers:
     group: WorkerGroup
     membership: Membership | None = None
     cpus: float = 1.0
+    survey: Callable[[TrainingProgram, bytes], tuple[Model, Sites]] | None = None
+    """Measures the hosts at a program, given with its encoding; None where there are none to tell apart."""
 
 
 @contextmanager
@@ -101,11 +105,17 @@ def worker_group(*, local: bool, address: str | None, executor: str, tell: Tell)
         return
     from runtime.actors.cluster import joined
     from runtime.actors.group import RayGroup
+    from runtime.actors.sites import RaySites
 
     with joined(address) as cluster:
         tell(f"Ray {'started' if cluster.started else 'joined'} at {cluster.address}: {cluster.cpus:g} CPUs")
         group = RayGroup(cpus=cluster.cpus, executor=executor)
-        yield Workers(group=group, membership=group, cpus=cluster.cpus)
+
+        def survey(program: TrainingProgram, programs: bytes) -> tuple[Model, Sites]:
+            sites = RaySites(group, program=program, programs=programs, executor=executor, tell=tell)
+            return sites.model(), sites
+
+        yield Workers(group=group, membership=group, cpus=cluster.cpus, survey=survey)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -21,8 +21,9 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from runtime.groups import Handle, ValueLost, WorkersLost, require_version
+from runtime.groups import Handle, ValueLost, WorkerConfig, WorkersLost, require_version
 from runtime.version import VERSION
+from storage.codec import decode, encode
 from storage.errors import FailureError, TrueweightError
 
 START_SECONDS = 120.0
@@ -85,10 +86,20 @@ class _Member:
     answer: Any = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pin:
+    """Where a worker goes: Ray's id of the node, all of whose `cpus` it asks for."""
+
+    node: str
+    cpus: int
+
+
 class RayGroup:
     """Workers as actors of the cluster that this process is connected to (`runtime.actors.cluster`).
 
-    `cpus` are the CPUs that the first workers share out evenly; those that come later ask for as much each.
+    `cpus` are the CPUs that the first workers share out evenly; those that come later ask for as much each. Those that
+    are pinned (`pin`) have a node to themselves: one that does not come up there is lost with the node, for others to
+    be taken.
     """
 
     def __init__(
@@ -109,22 +120,21 @@ class RayGroup:
         self._changing = Lock()  # workers are started in threads of their own
         self._share = 0.0
         self._scanned = 0.0
+        self._pins: dict[str, Pin] = {}
+        self.failed: dict[str, float] = {}
+        """When a pinned worker last did not come up on a node."""
 
     def start(self, configs: Mapping[str, bytes]) -> None:
         """See WorkerGroup. FailureError where an actor runs another version or does not come up in time."""
         self._share = self._share or cpus_each(self._cpus, len(configs))
-        # Out of order: a heartbeat must not wait for what a call before it waits for.
-        remote: Any = ray.remote
-        options = remote(concurrency_groups={"heart": 1})(self._actor).options(
-            num_cpus=self._share, scheduling_strategy="SPREAD", max_restarts=0, allow_out_of_order_execution=True
-        )
-        fresh = {worker: _Member(actor=options.remote()) for worker in configs}
+        fresh = {worker: _Member(actor=self._options(worker).remote()) for worker in configs}
         try:
             found = self._all({worker: member.actor.version.remote() for worker, member in fresh.items()})
             for worker, (version, host, pid, node) in found.items():
                 require_version(worker, host, version)
                 fresh[worker].host, fresh[worker].pid, fresh[worker].node = host, pid, node
-            self._all({worker: fresh[worker].actor.open.remote(configs[worker], self._executor) for worker in configs})
+            opened = {worker: self._threaded(worker, configs[worker]) for worker in configs}
+            self._all({worker: fresh[worker].actor.open.remote(opened[worker], self._executor) for worker in configs})
         except BaseException:
             for member in fresh.values():
                 ray.kill(member.actor)
@@ -132,9 +142,39 @@ class RayGroup:
         with self._changing:
             self._members = self._members | fresh
 
+    def pin(self, pins: Mapping[str, Pin]) -> None:
+        """Workers of these names will be started on these nodes."""
+        self._pins |= pins
+
+    def nodes(self) -> dict[str, str]:
+        """Ray's id of each worker's node."""
+        return {worker: member.node for worker, member in self._members.items()}
+
+    def _options(self, worker: str) -> Any:
+        """The class of an actor with what it asks Ray for."""
+        pin = self._pins.get(worker)
+        where = NodeAffinitySchedulingStrategy(node_id=pin.node, soft=False) if pin else "SPREAD"
+        remote: Any = ray.remote
+        # Out of order: a heartbeat must not wait for what a call before it waits for.
+        return remote(concurrency_groups={"heart": 1})(self._actor).options(
+            num_cpus=pin.cpus if pin else self._share,
+            scheduling_strategy=where,
+            max_restarts=0,
+            allow_out_of_order_execution=True,
+        )
+
+    def _threaded(self, worker: str, config: bytes) -> bytes:
+        """The config of a worker; a pinned one has a thread for each CPU of its node unless it says how many."""
+        pin = self._pins.get(worker)
+        if pin is None or (asked := decode(WorkerConfig, config)).threads:
+            return config
+        return encode(replace(asked, threads=pin.cpus))
+
     def _all(self, references: dict[str, Any]) -> dict[str, Any]:
         """The values by worker, within the time limit."""
         ready, late = ray.wait(list(references.values()), num_returns=len(references), timeout=self._timeout)
+        if pinned := [worker for worker in self._pins if references.get(worker) in late]:
+            raise self._fails(dict.fromkeys(pinned, f"it did not come up in {self._timeout:g} s"))
         if late:
             names = ", ".join(worker for worker, reference in references.items() if reference in late)
             raise FailureError(
@@ -146,8 +186,15 @@ class RayGroup:
             try:
                 values[worker] = ray.get(reference)
             except RayError as error:
+                if worker in self._pins:
+                    raise self._fails({worker: _first_line(_root_cause(error))}) from error
                 raise self._translated(worker, error) from error
         return values
+
+    def _fails(self, workers: Mapping[str, str]) -> WorkersLost:
+        """Note the nodes on which pinned workers did not come up."""
+        self.failed |= {self._pins[worker].node: time.monotonic() for worker in workers}
+        return WorkersLost(workers)
 
     # ------------------------------------------------------------------------------------------------------- calls
 
@@ -288,7 +335,7 @@ class RayGroup:
 
     def leaving(self) -> Mapping[str, str]:
         """See Membership: the workers on nodes that Ray is draining (`ray drain-node`, a spot instance's notice)."""
-        draining = set(_draining())
+        draining = set(draining_nodes())
         return {
             worker: f"host {member.host} is leaving"
             for worker, member in self._members.items()
@@ -296,7 +343,8 @@ class RayGroup:
         }
 
 
-def _draining() -> Iterable[str]:
+def draining_nodes() -> Iterable[str]:
+    """Ray's ids of the nodes that are about to leave."""
     from ray._private.state import state
 
     with suppress(AttributeError):

@@ -19,7 +19,7 @@ HEALTH = {
 
 @dataclass(kw_only=True)
 class Hosts:
-    """Raylets on this machine, of one CPU each; the head's stays."""
+    """Raylets on this machine, of one CPU each unless told otherwise; the head's stays."""
 
     cluster: Any
     nodes: list[Any] = field(default_factory=list)
@@ -35,9 +35,10 @@ class Hosts:
             hosts.join()
         return hosts
 
-    def join(self) -> None:
-        """One more host."""
-        self.nodes.append(self.cluster.add_node(num_cpus=1))
+    def join(self, *, cpus: int = 1, name: str = "") -> None:
+        """One more host, with a name where `trueweight cluster up` would have given it one."""
+        labels = {"trueweight.host": name} if name else {}
+        self.nodes.append(self.cluster.add_node(num_cpus=cpus, labels=labels))
 
     @property
     def address(self) -> str:

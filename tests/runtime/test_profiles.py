@@ -10,7 +10,6 @@ import pytest
 from runtime import profiles
 from runtime.executors import reference
 from runtime.profiles import (
-    SEVERAL,
     HostProfile,
     KindProfile,
     cached,
@@ -29,6 +28,7 @@ from runtime.program.builder import Builder
 from runtime.program.executor import Executor
 from runtime.program.training import TrainingProgram
 from runtime.program.types import Type
+from runtime.revision import SEVERAL
 from runtime.testing import tiny_program
 from storage.errors import FailureError
 

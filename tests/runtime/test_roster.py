@@ -3,19 +3,29 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
 import pytest
 
 from runtime.clock import WallClock
-from runtime.controller import Assembled, Changed, Controller, Elastic, Ended, Event, Stepped
+from runtime.controller import Assembled, Changed, Controller, Elastic, Ended, Event, Stepped, sent
+from runtime.costs import Block, Host, Model
 from runtime.executors import reference
 from runtime.groups import Handle, LocalGroup, ValueLost, WorkersLost
 from runtime.places import StepFault
 from runtime.plan import Plan
+from runtime.program.training import CHUNK, BlockSpec
+from runtime.revision import ByPlanner, Reviser, Revision, Standing
+from runtime.roster import bring
 from runtime.segments import History
+from runtime.shards import make_layout
+from runtime.simulation import Load, program_of
 from runtime.testing import local_group, plan_for, tiny_job, train
+from runtime.transition import Crew
 from runtime.worker import StageWorker, worker_builder
 from storage.codec import decode, encode
 from storage.errors import FailureError
@@ -456,3 +466,265 @@ def test_workers_that_may_not_change_end_the_run() -> None:
     with pytest.raises(WorkersLost, match="worker s0r1 was lost"):
         Controller(store=store, job=job, group=LossyGroup({40: ["s0r1"]}), plan=plan_for(job, replicas=2)).run()
     assert train(store, job, group=local_group()).status == "finished"
+
+
+# ----------------------------------------------------------------------------------------------------- other plans
+
+
+class Hosted(LossyGroup):
+    """Workers on hosts by name, which may come and go: its own Sites, too. A host that `fails` starts no worker."""
+
+    def __init__(self, *hosts: str, lose: Mapping[int, Sequence[str]] | None = None, **options: Any) -> None:
+        super().__init__(lose, places=0, **options)
+        self.there = {name: Host(name=name, speed=1.0, memory=2**30, bandwidth=1e9, latency=0.0) for name in hosts}
+        self.sent: dict[str, str] = {}
+        self.fails: set[str] = set()
+
+    def start(self, configs: Mapping[str, bytes]) -> None:
+        for worker in configs:
+            if self.sent[worker] in self.fails:
+                raise WorkersLost({worker: "it did not come up"})
+            assert self.sent[worker] not in self.at().values(), "a host takes one worker"
+        super().start(configs)
+
+    def hosts(self) -> Sequence[Host]:
+        return [host for name, host in self.there.items() if name not in self.fails]
+
+    def at(self) -> Mapping[str, str]:
+        return {worker: self.sent[worker] for worker in self._workers}
+
+    def send(self, workers: Mapping[str, str]) -> None:
+        self.sent |= workers
+
+
+class Scripted:
+    """A reviser that changes over to the next of some placements (`bounds` and hosts) as often as it is asked."""
+
+    def __init__(self, group: Hosted, *script: tuple[tuple[int, ...], tuple[tuple[str, ...], ...]]) -> None:
+        self.sites = group
+        self.script = list(script)
+
+    def begin(self) -> Revision:
+        bounds, hosts = self.script[0]
+        return self._revision(bounds, hosts)
+
+    def revise(self, standing: Standing) -> Revision | None:
+        if len(self.script) > 1:
+            self.script.pop(0)
+        bounds, hosts = self.script[0]
+        used = {host for team in hosts for host in team}
+        same = standing.plan.bounds == bounds and used == set(standing.hosts.values())
+        if same or not used <= {host.name for host in self.sites.hosts()}:
+            return None
+        return self._revision(bounds, hosts)
+
+    @staticmethod
+    def _revision(bounds: tuple[int, ...], hosts: tuple[tuple[str, ...], ...]) -> Revision:
+        units = tuple(tuple(m % len(team) for m in range(4)) for team in hosts)
+        plan = Plan(bounds=bounds, replicas=tuple(map(len, hosts)), units=units)
+        return Revision(plan=plan, hosts=hosts, told=f"moved: to {bounds}")
+
+
+def revised(group: Hosted, reviser: Reviser, *, keys: str = "", between: Any = None) -> tuple[Ended, Store, list[str]]:
+    """The tiny job by a reviser: how it ended, its store and what was told of the workers."""
+    store = memory_store()
+    job = tiny_job(store)
+    told: list[str] = []
+
+    def observe(event: Event) -> None:
+        if isinstance(event, Changed):
+            told.append(event.what)
+        if between:
+            between(event)
+
+    ended = Controller(
+        store=store,
+        job=job,
+        group=group,
+        plan=sent(reviser, reviser.begin()),
+        elastic=Elastic(membership=group, patience=2.0, reviser=reviser),
+        keys=keys,
+        observe=observe,
+    ).run()
+    return ended, store, told
+
+
+SCRIPT = (  # the embedding is tied to the head: blocks 0 and 3 hold one tensor
+    ((0, 1, 4), (("a",), ("b",))),
+    ((0, 3, 4), (("a",), ("b",))),  # blocks change sides
+    ((0, 2, 4), (("b",), ("a",))),  # and so do hosts
+    ((0, 4), (("b", "a"),)),  # one stage
+    ((0, 1, 2, 4), (("c",), ("a",), ("b",))),  # a third host
+)
+
+
+def patient(event: Event) -> None:
+    """Let workers come up that are being started."""
+    if isinstance(event, Stepped):
+        sleep(0.3)
+
+
+def test_other_bounds_in_every_step_change_no_bit(honest: tuple[Ended, list[bytes]], tmp_path: Path) -> None:
+    group = Hosted("a", "b", "c")
+    ended, store, told = revised(group, Scripted(group, *SCRIPT), keys=str(tmp_path), between=patient)
+    assert (ended, facts(store)) == honest
+    assert told == [f"moved: to {bounds}" for bounds, _ in SCRIPT[1:]]
+    history = History.open(store, "tiny")
+    assert [record.events[-1:] for record in history.steps()][1:3] == [(one,) for one in told[1:3]]
+    items = [item for segment in history.segments() for item in history.items(segment.receipts_object)]
+    bounds = {(receipt.step, receipt.bounds) for receipt in map(decode_receipt, items)}
+    assert {found for _, found in bounds} == {bounds for bounds, _ in SCRIPT[1:]}
+
+    def replay(plan: Plan | None) -> Replay:
+        return Replay(store, history.run, build=worker_builder(reference), plan=plan)
+
+    for step in range(5):  # what each worker signed is what a replay of its units gives
+        assert judge(history, step // 2, step, replay).agrees
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "when due"])
+@pytest.mark.parametrize("seed", range(4))
+def test_workers_lost_while_blocks_move_change_no_bit(honest: tuple[Ended, list[bytes]], seed: int, late: bool) -> None:
+    """One is lost at some call of a run whose bounds change in every step, another at a call of the change itself."""
+    counted = Hosted("a", "b", "c", "d")
+    revised(counted, Scripted(counted, *PAIRS))
+    draw = random.Random(seed)
+    lose = {draw.randrange(1, counted.calls): [draw.choice(["s0r0", "s0r1", "s1r0", "s1r1"])]}
+    method = ["give", "take", "regroup", "forward"][seed]
+    group = Hosted("a", "b", "c", "d", lose=lose, late=late, lose_in={method: draw.choice(["s0r0", "s1r1"])})
+    ended, store, _ = revised(group, Scripted(group, *PAIRS), between=patient)
+    assert (ended, facts(store)) == honest
+
+
+PAIRS = (
+    ((0, 1, 4), (("a", "b"), ("c", "d"))),
+    ((0, 3, 4), (("a", "b"), ("c", "d"))),
+    ((0, 2, 4), (("c", "d"), ("a", "b"))),
+    ((0, 1, 4), (("a", "b"), ("c", "d"))),
+    ((0, 2, 4), (("a", "b"), ("c", "d"))),
+)
+
+
+def planner_of(group: Hosted) -> ByPlanner:
+    """Follows the planner for the tiny model: four blocks of a second each."""
+    program = tiny_job(memory_store()).program
+    model = Model(
+        blocks=tuple(Block(work=1.0, input_bytes=0, tensors=tuple(block.tensors)) for block in program.blocks),
+        elements={spec.name: int(np.prod(spec.shape)) for spec in program.tensors},
+        slots=len(program.slots),
+        micro_batches=program.micro_batches,
+    )
+    return ByPlanner(model=model, sites=group)
+
+
+def test_hosts_that_join_leave_and_are_lost_have_the_plan_made_anew(
+    honest: tuple[Ended, list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.roster.LOOK_SECONDS", 0.0)
+    group = Hosted("a", "b")
+    extra = Host(name="c", speed=2.0, memory=2**30, bandwidth=1e9, latency=0.0)
+
+    def happen(event: Event) -> None:
+        patient(event)
+        if isinstance(event, Stepped) and event.record.step == 0:
+            group.there["c"] = extra
+        if isinstance(event, Stepped) and event.record.step == 2:
+            del group.there["a"]
+            group.going = {worker: "host a is leaving" for worker, host in group.at().items() if host == "a"}
+        if isinstance(event, Stepped) and event.record.step == 3:
+            del group.there["b"]
+            group.dead |= {worker: "its host is gone" for worker, host in group.at().items() if host == "b"}
+
+    ended, store, told = revised(group, planner_of(group), between=happen)
+    assert (ended, facts(store)) == honest
+    assert "c" in told[0]
+    assert told[0].startswith("moved: blocks 0-3 on a, b, now 0-3 on")
+    assert set(group.sent.values()) == {"a", "b", "c"}
+    assert [what for what in told if what.startswith("left")]
+    assert [what for what in told if what.startswith("lost")]
+
+
+def test_a_lost_stage_begins_again_with_a_plan_for_the_hosts_there_are(honest: tuple[Ended, list[bytes]]) -> None:
+    group = Hosted("a", "b", "c", lose={250: ["s1r0"]})
+    small = Host(name="a", speed=1.0, memory=2**30, bandwidth=1e9, latency=0.0)
+    group.there = {"a": small, "b": replace(small, name="b")}
+    reviser = Scripted(group, ((0, 2, 4), (("a",), ("b",))))
+
+    def happen(event: Event) -> None:
+        if group.dead:
+            group.there["c"] = replace(small, name="c")
+            group.there.pop("b", None)
+            reviser.script = [((0, 1, 4), (("c",), ("a",)))]
+
+    ended, store, _ = revised(group, reviser, between=happen)
+    assert (ended, facts(store)) == honest
+    told = [event for record in History.open(store, "tiny").steps() for event in record.events]
+    assert any(event.startswith("back to the last checkpoint: stage 1") for event in told)
+    assert group.sent["s0r0"] in ("a", "c")
+
+
+def test_a_host_that_starts_no_worker_is_done_without(
+    honest: tuple[Ended, list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.roster.REST_SECONDS", 0.0)
+    group = Hosted("a", "b", "c")
+    fail_from_the_first_start(group, "c")
+    script = (SCRIPT[0], ((0, 2, 4), (("a",), ("c",))), ((0, 3, 4), (("a",), ("b",))))
+    ended, store, told = revised(group, Scripted(group, *script), between=patient)
+    assert (ended, facts(store)) == honest
+    assert told[0].startswith("a worker for stage 1 did not come up")
+    assert told[1:] == ["moved: to (0, 3, 4)"]
+
+
+def test_a_run_begins_without_a_host_that_starts_no_worker(honest: tuple[Ended, list[bytes]]) -> None:
+    group = Hosted("a", "b")
+    reviser = planner_of(group)
+    assert set(reviser.begin().places.values()) == {"a", "b"}
+    first = fail_from_the_first_start(group, "b")
+    ended, store, told = revised(group, reviser)
+    assert (ended, facts(store)) == honest
+    assert (told, first) == ([], ["b"])
+    assert "back to the last checkpoint: worker" in History.open(store, "tiny").steps()[0].events[0]
+
+
+def fail_from_the_first_start(group: Hosted, bad: str) -> list[str]:
+    """From the first time that a worker is to be started on a host it is known to fail: the hosts that did."""
+    failed: list[str] = []
+    started = group.start
+
+    def start(configs: Mapping[str, bytes]) -> None:
+        if bad in [group.sent[worker] for worker in configs]:
+            group.fails.add(bad)
+            failed.append(bad)
+        started(configs)
+
+    group.start = start  # type: ignore[method-assign]
+    return failed
+
+
+class Noting(LocalGroup):
+    """Workers that are only names: who takes which tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(bytes)
+        self.taken: list[tuple[str, str, int]] = []
+
+    def call(self, worker: str, method: str, *args: Any, returns: int | None = None) -> Any:
+        if method == "take":
+            self.taken.append((worker, *args[:2]))
+        return (b"root",)
+
+
+def test_who_held_nothing_is_given_all() -> None:
+    whole = program_of(Load(weights=2 * CHUNK, blocks=2))
+    names = tuple(spec.name for spec in whole.tensors)
+    blocks = (BlockSpec(kind=0, tensors=()), BlockSpec(kind=0, tensors=names))
+    program = replace(whole, header=replace(whole.header, blocks=blocks))
+    plan = Plan(bounds=(0, 1, 2), replicas=(1, 1), units=((0,), (0,)))
+    group, keys = Noting(), ("weight", *whole.slots)
+    layout = make_layout(plan, program)
+    roots = {(key, chunk): b"root" for key in keys for chunk in layout.owners}
+    crew = Crew(group=group, program=program, layout=layout, keys=keys, members={"s0r0": "a", "s1r0": "b"}, roots=roots)
+    bring(crew, plan, {"s0r0": "b", "s1r0": "a"})
+    assert sorted(group.taken) == sorted(("a", key, tensor) for key in keys for tensor in range(len(names)))
+    assert crew.members == {"s0r0": "b", "s1r0": "a"}

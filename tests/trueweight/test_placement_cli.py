@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import typer
 
-from runtime.testing import TEXT, TINY
+from runtime.controller import Controller
+from runtime.testing import TEXT, TINY, tiny_job, train
 from storage.errors import UsageError
+from storage.store import memory_store, open_store
 from trueweight import cli, placement_cli
 from trueweight.cluster_files import read_file
 
@@ -165,3 +167,37 @@ def test_speeds(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         file = cluster(tmp_path, f'[[hosts]]\nname = "a"\nmemory_gib = 8\n{line}\n')
         plan = told(capsys, folder, "plan", "--cluster", file)
         assert plan["parts_seconds"]["compute"] == pytest.approx(alone / times, rel=1e-6)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_and_a_resumed_one_follow_the_planner(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where profiles are kept
+    threads = []
+
+    class Watched(Controller):
+        def __init__(self, **given: Any) -> None:
+            threads.append(given["threads"])
+            super().__init__(**given)
+
+    monkeypatch.setattr("trueweight.training.Controller", Watched)
+    fixed = ("--auto", "--executor", "reference", "--keys", str(tmp_path / "keys"), "--json")
+    assert cli.main(["run", str(folder / "tiny.toml"), "--store", str(tmp_path / "new"), *fixed]) == 0
+    captured = capsys.readouterr()
+    whole = memory_store()
+    expected = train(whole, tiny_job(whole)).state_root.hex()
+    assert json.loads(captured.out)["state"] == expected
+    assert "measuring " in captured.err
+    assert "0-3 " in captured.err
+    assert "no plan is better" in captured.err
+    assert list((tmp_path / ".trueweight" / "profiles").iterdir())
+    begun = open_store(str(tmp_path / "begun"), create=True)
+    train(begun, tiny_job(begun), stop_before=3)
+    assert cli.main(["resume", "tiny", "--store", str(tmp_path / "begun"), *fixed]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["state"] == expected
+    assert "state before step 3" in captured.err
+    assert threads == [0, 0]  # all of the host's
