@@ -13,7 +13,7 @@ from runtime.groups import Handle, LocalGroup, ValueLost, WorkersLost
 from runtime.places import StepFault
 from runtime.plan import Plan
 from runtime.segments import History
-from runtime.testing import local_group, plan_for, tiny_job, train
+from runtime.testing import local_group, plan_for, remembered, tiny_job, train
 from runtime.worker import StageWorker, worker_builder
 from storage.codec import decode, encode
 from storage.errors import FailureError
@@ -43,7 +43,7 @@ class LossyGroup(LocalGroup):
         kind: type[StageWorker] = StageWorker,
         lose_in: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(worker_builder(reference, kind))
+        super().__init__(worker_builder(remembered, kind))
         self.lose, self.places, self.late, self.values = dict(lose or {}), places, late, set(values)
         self.lose_in = dict(lose_in or {})
         self.calls = 0

@@ -19,11 +19,11 @@ from benchmarks.foreign import ANVIL, ForeignNode
 from ledger.keys import PASSWORD, find_key, make_keystore, variable
 from ledger.port import NATIVE, Refused
 from ledger.web3_ledger import Artifact
-from runtime.executors import reference
+from runtime.executors import DEFAULT
 from runtime.faults import Fault, faulty_builder
 from runtime.groups import LocalGroup
 from runtime.segments import History
-from runtime.testing import TEXT, TINY, plan_for, tiny_job, train
+from runtime.testing import TEXT, TINY, plan_for, remembered, tiny_job, train
 from storage.checkpoints import open_checkpoint
 from storage.errors import UsageError
 from storage.identity import load_or_create
@@ -40,12 +40,15 @@ ALWAYS = "rate = 4294967295\nforced_rate = 0\n"
 class Case:
     """A run in a store, and commands about it."""
 
+    executor = "reference"
+    """Of replays: planning for the compiled one takes longer than a replay of these runs."""
+
     def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str], fault: Fault | None = None) -> None:
         self.folder, self.capsys = folder, capsys
         self.store, self.keys = str(folder / "store"), str(folder / "keys")
         objects = open_store(self.store, create=True)
         job = tiny_job(objects, steps=4)
-        group = LocalGroup(faulty_builder(reference, [fault] if fault else []))
+        group = LocalGroup(faulty_builder(remembered, [fault] if fault else []))
         train(objects, job, group=group, plan=plan_for(job, stages=2, replicas=2), keys=self.keys)
         self.worker = "0x" + find_address(self.keys)
 
@@ -63,7 +66,8 @@ class Case:
         return "--terms", str(path)
 
     def __call__(self, *words: str, code: int = 0, keys: str = "") -> Any:
-        found = cli.main([*words, "--store", self.store, "--keys", keys or self.keys, "--json"])
+        how = ("--executor", self.executor) if words[0] == "settle" else ()
+        found = cli.main([*words, *how, "--store", self.store, "--keys", keys or self.keys, "--json"])
         said = self.capsys.readouterr()
         assert found == code, said.err
         return json.loads(said.out) if said.out else said.err
@@ -102,6 +106,7 @@ def by_part(told: Any) -> dict[str, int]:
 
 
 def test_a_run_is_settled_by_commands_that_see_one_chain(case: Case) -> None:
+    case.executor = DEFAULT
     terms = case("ledger", "terms", "tiny", *case.terms(ALWAYS))
     told = case("settle", "tiny", *case.terms(ALWAYS))
     assert (told["status"], told["segments"], told["final"]) == ("closed", 2, 2)
