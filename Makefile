@@ -10,6 +10,8 @@ BIN    := $(VENV)/bin
 STORE  ?= build/quickstart
 # What `make test` runs; `make test PYTEST='-m "not slow"'` leaves the long ones out.
 PYTEST ?=
+# How many processes do so: one more than two cores, for tests that wait for hosts and blocks.
+WORKERS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint clean
@@ -36,7 +38,7 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile $(PYTEST)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

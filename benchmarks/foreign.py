@@ -32,7 +32,7 @@ ANVIL = shutil.which("anvil") or shutil.which("anvil", path="ledger/contracts/no
 class ForeignNode:
     """A node with a block every `block_time` seconds, whose chain is kept in a file of `folder` and can be stopped."""
 
-    def __init__(self, folder: Path, *, block_time: int = 1) -> None:
+    def __init__(self, folder: Path, *, block_time: float = 1) -> None:
         if ANVIL is None:
             raise UsageError("anvil: expected it on PATH, got none; `npm ci --prefix ledger/contracts`")
         with socket.socket() as free:

@@ -1,4 +1,4 @@
-"""An S3 server in this process, moto's, with a bucket for each test."""
+"""What all tests share: which files begin, and an S3 server in this process, moto's, with a bucket for each test."""
 
 import itertools
 import logging
@@ -8,6 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+
+SECONDS = {"slow": 15.0, "ray": 10.0, "chain": 3.0}
+"""Of a test with such a mark, roughly; of one without, a tenth of a second."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first: one that came last would leave the other workers with nothing to do."""
+    files: dict[Any, float] = {}
+    for item in items:
+        seconds = max((s for mark, s in SECONDS.items() if item.get_closest_marker(mark)), default=0.1)
+        files[item.path] = files.get(item.path, 0.0) + seconds
+    items.sort(key=lambda item: files[item.path], reverse=True)
+
 
 _CODES = {500: "InternalError", 503: "SlowDown"}
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from runtime.controller import Assembled, Committed, Controller, Ended, Event, Job, Ready, Stepped
+from runtime.executors import reference
 from runtime.groups import require_version
 from runtime.integers import ExactSum
 from runtime.plan import make_plan
@@ -31,7 +32,7 @@ from storage.testing import FaultyObjects
 def reference_run() -> tuple[Ended, History]:
     """The tiny job on one worker: what every other placement must equal."""
     store = memory_store()
-    ended = train(store, tiny_job(store))
+    ended = train(store, tiny_job(store), group=local_group(reference))
     return ended, History.open(store, "tiny")
 
 
@@ -40,7 +41,7 @@ def facts(history: History) -> list[bytes]:
 
 
 def test_local_group_conforms() -> None:
-    check_worker_group(local_group(), tiny_job(memory_store()), tiny_program())
+    check_worker_group(local_group(reference), tiny_job(memory_store()), tiny_program())
 
 
 def test_history_is_chained(reference_run: tuple[Ended, History]) -> None:
@@ -71,7 +72,8 @@ def test_placement_changes_no_bit(
 ) -> None:
     store = memory_store()
     job = tiny_job(store)
-    ended = train(store, job, plan=plan_for(job, stages=stages, replicas=replicas, shares=shares), threads=threads)
+    plan = plan_for(job, stages=stages, replicas=replicas, shares=shares)
+    ended = train(store, job, group=local_group(reference), plan=plan, threads=threads)
     assert ended == reference_run[0]
     assert facts(History.open(store, "tiny")) == facts(reference_run[1])
 

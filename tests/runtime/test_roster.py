@@ -24,7 +24,7 @@ from runtime.roster import bring
 from runtime.segments import History
 from runtime.shards import make_layout
 from runtime.simulation import Load, program_of
-from runtime.testing import local_group, plan_for, tiny_job, train
+from runtime.testing import local_group, plan_for, remembered, tiny_job, train
 from runtime.transition import Crew
 from runtime.worker import StageWorker, worker_builder
 from storage.codec import decode, encode
@@ -55,7 +55,7 @@ class LossyGroup(LocalGroup):
         kind: type[StageWorker] = StageWorker,
         lose_in: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(worker_builder(reference, kind))
+        super().__init__(worker_builder(remembered, kind))
         self.lose, self.places, self.late, self.values = dict(lose or {}), places, late, set(values)
         self.lose_in = dict(lose_in or {})
         self.calls = 0

@@ -35,12 +35,15 @@ def recipe(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def train(recipe: Path, tmp_path: Path) -> Run:
-    """Runs a training command in this process, with the store and the keys below tmp_path."""
+    """Runs a training command in this process, with the store and the keys below tmp_path.
+
+    With the reference executor unless told otherwise: planning for the compiled one takes longer than such a run.
+    """
 
     def run(command: str, subject: object, *options: str) -> int:
         store, keys = str(tmp_path / "store"), str(tmp_path / "keys")
         fixed = ("--store", store, "--keys", keys, "--local", "--threads", "1")
-        return cli.main([command, str(subject), *fixed, *options])
+        return cli.main([command, str(subject), *fixed, "--executor", "reference", *options])
 
     return run
 
@@ -51,7 +54,8 @@ def told(capsys: pytest.CaptureFixture[str]) -> Any:
 
 def test_run_show_audit_lock(recipe: Path, train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store, lock = str(tmp_path / "store"), tmp_path / "tiny.lock.toml"
-    assert train("run", recipe, "--replicas", "2", "--stages", "2", "--shares", "3,1", "--json") == 0
+    fast = ("--executor", "compiled")
+    assert train("run", recipe, "--replicas", "2", "--stages", "2", "--shares", "3,1", "--json", *fast) == 0
     run = told(capsys)
     assert (run["run"], run["status"], run["steps"]) == ("tiny", "finished", 5)
 
@@ -107,7 +111,7 @@ def test_audit_exit_codes(
     recipe: Path, train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = tmp_path / "store"
-    options = ["--threads", "1", "--store", str(store)]
+    options = ["--threads", "1", "--store", str(store), "--executor", "reference"]
     with monkeypatch.context() as patch:
         patch.setattr("runtime.worker.StageWorker", OtherRate)
         assert train("run", recipe) == 0
@@ -176,11 +180,11 @@ def test_killed_at_a_step_and_resumed(
 ) -> None:
     here = memory_store()
     ended = run_job(here, tiny_job(here))
-    fixed = ["--store", str(tmp_path / "store"), "--keys", str(tmp_path / "keys"), "--local"]
+    fixed = ["--store", str(tmp_path / "store"), "--keys", str(tmp_path / "keys"), "--local", "--executor", "reference"]
     code = DYING.format(step=step)
     killed = subprocess.run([sys.executable, "-c", code, "run", str(recipe), *fixed], capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert train("resume", "tiny", "--json") == 0
+    assert train("resume", "tiny", "--executor", "compiled", "--json") == 0
     assert told(capsys)["state"] == ended.state_root.hex()
 
 

@@ -16,14 +16,15 @@ from eth_account import Account
 from eth_utils.address import to_checksum_address
 
 from benchmarks.foreign import ANVIL, ForeignNode
+from ledger import web3_ledger
 from ledger.keys import PASSWORD, find_key, make_keystore, variable
 from ledger.port import NATIVE, Refused
-from ledger.web3_ledger import Artifact
-from runtime.executors import reference
+from ledger.web3_ledger import Artifact, http_node
+from runtime.executors import DEFAULT
 from runtime.faults import Fault, faulty_builder
 from runtime.groups import LocalGroup
 from runtime.segments import History
-from runtime.testing import TEXT, TINY, plan_for, tiny_job, train
+from runtime.testing import TEXT, TINY, plan_for, remembered, tiny_job, train
 from storage.checkpoints import open_checkpoint
 from storage.errors import UsageError
 from storage.identity import load_or_create
@@ -40,12 +41,15 @@ ALWAYS = "rate = 4294967295\nforced_rate = 0\n"
 class Case:
     """A run in a store, and commands about it."""
 
+    executor = "reference"
+    """Of replays: planning for the compiled one takes longer than a replay of these runs."""
+
     def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str], fault: Fault | None = None) -> None:
         self.folder, self.capsys = folder, capsys
         self.store, self.keys = str(folder / "store"), str(folder / "keys")
         objects = open_store(self.store, create=True)
         job = tiny_job(objects, steps=4)
-        group = LocalGroup(faulty_builder(reference, [fault] if fault else []))
+        group = LocalGroup(faulty_builder(remembered, [fault] if fault else []))
         train(objects, job, group=group, plan=plan_for(job, stages=2, replicas=2), keys=self.keys)
         self.worker = "0x" + find_address(self.keys)
 
@@ -63,7 +67,8 @@ class Case:
         return "--terms", str(path)
 
     def __call__(self, *words: str, code: int = 0, keys: str = "") -> Any:
-        found = cli.main([*words, "--store", self.store, "--keys", keys or self.keys, "--json"])
+        how = ("--executor", self.executor) if words[0] == "settle" else ()
+        found = cli.main([*words, *how, "--store", self.store, "--keys", keys or self.keys, "--json"])
         said = self.capsys.readouterr()
         assert found == code, said.err
         return json.loads(said.out) if said.out else said.err
@@ -102,6 +107,7 @@ def by_part(told: Any) -> dict[str, int]:
 
 
 def test_a_run_is_settled_by_commands_that_see_one_chain(case: Case) -> None:
+    case.executor = DEFAULT
     terms = case("ledger", "terms", "tiny", *case.terms(ALWAYS))
     told = case("settle", "tiny", *case.terms(ALWAYS))
     assert (told["status"], told["segments"], told["final"]) == ("closed", 2, 2)
@@ -427,6 +433,14 @@ def node(tmp_path: Path) -> Iterator[ForeignNode]:
     made.stop()
 
 
+@pytest.fixture
+def fast_node(tmp_path: Path) -> Iterator[ForeignNode]:
+    """Its clock runs ahead of the host's, so it cannot be started again."""
+    made = ForeignNode(tmp_path, block_time=0.4)
+    yield made
+    made.stop()
+
+
 @pytest.mark.skipif(ANVIL is None, reason="no anvil: npm ci --prefix ledger/contracts")
 @pytest.mark.slow
 def test_settlement_on_a_node_of_somebody_with_a_restart_in_the_middle(case: Case, node: ForeignNode) -> None:
@@ -449,13 +463,26 @@ def test_settlement_on_a_node_of_somebody_with_a_restart_in_the_middle(case: Cas
 
 @pytest.mark.skipif(ANVIL is None, reason="no anvil: npm ci --prefix ledger/contracts")
 @pytest.mark.slow
-def test_a_block_that_is_gone_takes_nothing_with_it(case: Case, node: ForeignNode) -> None:
+def test_a_block_that_is_gone_takes_nothing_with_it(
+    case: Case, fast_node: ForeignNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While a call waits for confirmations, and after a command has gone by."""
-    node.fill(case.keys)
-    waiting = threading.Timer(2.5, lambda: node.ask("anvil_reorg", 2, []))
+    node = fast_node
+    monkeypatch.setattr(web3_ledger, "http_node", lambda *given, **more: http_node(*given, **more | {"poll": 0.1}))
+    accounts, reorganised = node.fill(case.keys), threading.Event()
+    node.ask("anvil_mine", hex(3))  # what is taken back below is there from the start
+
+    def reorganise() -> None:
+        """Once a transaction is in a block, which takes three more to be confirmed."""
+        while not any(int(node.ask("eth_getTransactionCount", account, "latest"), 16) for account in accounts):
+            time.sleep(0.05)
+        node.ask("anvil_reorg", 2, [])
+        reorganised.set()
+
+    waiting = threading.Thread(target=reorganise, daemon=True)
     waiting.start()
     made = case("ledger", "deploy", "--ledger", node.url, "--confirmations", "3")
-    waiting.join()
+    assert reorganised.wait(30)
     assert len(node.ask("eth_getCode", made["ledger"], "latest")) > 1000
     terms = case.terms(ALWAYS)
     assert case("commit", "tiny", "--ledger", node.url, "--confirmations", "0", *terms)["committed"] == 2

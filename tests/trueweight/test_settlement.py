@@ -15,7 +15,7 @@ from runtime.executors import reference
 from runtime.faults import Fault, faulty_builder
 from runtime.groups import LocalGroup
 from runtime.segments import History
-from runtime.testing import plan_for, tiny_job, train
+from runtime.testing import plan_for, remembered, tiny_job, train
 from runtime.tracing import traced_builder
 from runtime.worker import worker_builder
 from storage.errors import UsageError
@@ -34,7 +34,7 @@ ALWAYS = 2**32 - 1
 def trained(keys: Path, fault: Fault | None) -> tuple[Store, History]:
     store = memory_store()
     job = tiny_job(store, steps=4)
-    group = LocalGroup(faulty_builder(reference, [fault] if fault else []))
+    group = LocalGroup(faulty_builder(remembered, [fault] if fault else []))
     train(store, job, group=group, plan=plan_for(job, stages=2, replicas=2), keys=str(keys))
     return store, History.open(store, "tiny")
 

@@ -82,7 +82,7 @@ class Head:
 def _retry() -> object:
     from urllib3.util import Retry
 
-    return Retry(total=12, connect=12, backoff_factor=0.5, backoff_max=5, status_forcelist=(500, 502, 503, 504))
+    return Retry(total=240, connect=240, backoff_factor=0.25, backoff_max=0.25, status_forcelist=(500, 502, 503, 504))
 
 
 @pytest.fixture(scope="module")

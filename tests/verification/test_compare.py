@@ -15,7 +15,7 @@ from runtime.groups import LocalGroup
 from runtime.plan import Plan
 from runtime.program.training import TrainingProgram
 from runtime.segments import History
-from runtime.testing import plan_for, tiny_job, train
+from runtime.testing import plan_for, remembered, tiny_job, train
 from runtime.worker import worker_builder
 from storage.checkpoints import load_state
 from storage.codec import decode, encode
@@ -53,7 +53,7 @@ def trained(
     """The tiny run, from where a copy of `begun` stands."""
     store = without(begun) if begun else memory_store()
     job = tiny_job(store, steps=STEPS)
-    group = LocalGroup(faulty_builder(reference, [parse_fault(text) for text in faults]))
+    group = LocalGroup(faulty_builder(remembered, [parse_fault(text) for text in faults]))
     plan = plan_for(job, stages=stages, replicas=replicas)
     train(store, job, group=group, plan=plan, keys=str(keys) if keys else "", stop_before=stop)
     return store

@@ -26,7 +26,7 @@ from runtime.program.encoding import HeaderRecord, OpRecord, ProgramRecord, Type
 from runtime.program.program import MAX_OPERATORS, decode_program, encode_program
 from runtime.program.training import MOST_PARTS, MOST_WEIGHTS, TrainingFile, TrainingProgram
 from runtime.segments import MOST_SEGMENTS, History
-from runtime.testing import plan_for, tiny_job, train
+from runtime.testing import plan_for, remembered, tiny_job, train
 from storage import merkle
 from storage.checkpoints import load_state
 from storage.codec import NO_DIGEST, decode, encode
@@ -511,7 +511,7 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     keys, store = str(tmp_path_factory.mktemp("keys")), memory_store()
     flip = "kind=flip,step=1,worker=s0r0,place=micro-batch 2/block 1/forward,operator=700,element=3,bit=10"
     fault, job = parse_fault(flip), tiny_job(store, steps=2)
-    group = LocalGroup(faulty_builder(executors.reference, [fault]))
+    group = LocalGroup(faulty_builder(remembered, [fault]))
     train(store, job, group=group, plan=plan_for(job), keys=keys)
     found = audit(store, "tiny", lambda history, total: [0]).verdict
     assert isinstance(found, Diverged)

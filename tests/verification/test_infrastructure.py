@@ -18,7 +18,7 @@ from runtime.plan import Plan
 from runtime.program.executor import Executor
 from runtime.program.training import TrainingProgram
 from runtime.segments import History
-from runtime.testing import plan_for, tiny_job, train
+from runtime.testing import plan_for, remembered, tiny_job, train
 from runtime.worker import worker_builder
 from storage.errors import FailureError, IntegrityError, MissingObject, UsageError
 from storage.objects import MemoryObjects
@@ -61,7 +61,7 @@ class Case:
         fault = parse_fault("kind=skip,step=2,worker=s1r0,micro_batch=0")
         for store, faults in ((self.honest, []), (self.forged, [fault])):
             job = tiny_job(store, steps=3)
-            group = LocalGroup(faulty_builder(executors.reference, faults))
+            group = LocalGroup(faulty_builder(remembered, faults))
             train(store, job, group=group, plan=plan_for(job, stages=2, replicas=2), keys=self.keys)
 
 

@@ -9,7 +9,7 @@ from runtime.faults import Fault, faulty_builder
 from runtime.groups import LocalGroup
 from runtime.plan import Plan
 from runtime.segments import History
-from runtime.testing import local_group, plan_for, tiny_job, train
+from runtime.testing import local_group, plan_for, remembered, tiny_job, train
 from runtime.worker import worker_builder
 from storage.errors import UsageError
 from storage.store import Store, memory_store
@@ -20,7 +20,7 @@ from verification.units import audit_unit
 def trained(keys: Path, *faults: Fault, stages: int = 2, replicas: int = 2) -> Store:
     store = memory_store()
     job = tiny_job(store)
-    group = LocalGroup(faulty_builder(reference, faults)) if faults else local_group()
+    group = LocalGroup(faulty_builder(remembered, faults)) if faults else local_group()
     train(store, job, group=group, plan=plan_for(job, stages=stages, replicas=replicas), keys=str(keys))
     return store
 
