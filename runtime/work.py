@@ -77,13 +77,16 @@ class Pace:
         """What such a call takes this worker; None where it has made none."""
         return self._seconds[method, stage].get(worker)
 
-    def seconds(self, worker: str, method: str, stage: int, *, first: float = 1.0) -> float:
-        """What a worker is expected to take: as the others where it made no such call, `first` where nobody did."""
+    def mean(self, method: str, stage: int) -> float | None:
+        """What such a call takes those who have made one on average; None where nobody has."""
         of = self._seconds[method, stage]
-        known = of.get(worker)
-        if known is not None:
-            return known
-        return self._sums[method, stage] / len(of) if of else first
+        return self._sums[method, stage] / len(of) if of else None
+
+    def seconds(self, worker: str, method: str, stage: int) -> float:
+        """What a worker is expected to take: as the others where it has not made such a call, 1 where nobody has."""
+        known = self.of(worker, method, stage)
+        known = self.mean(method, stage) if known is None else known
+        return 1.0 if known is None else known
 
     def forget(self, workers: Collection[str]) -> None:
         """These workers are gone."""
@@ -299,6 +302,7 @@ class Work:
                     later.append(waiting[0])
                 elif (worker := self._choose(unit)) is not None:
                     self._forward(unit, worker, x)
+                    self._note_busy(stage, worker)
                 elif self.team.fixed:
                     later.append(waiting[0])
                 else:
@@ -309,6 +313,13 @@ class Work:
             waiting += later
             heapify(waiting)
         return enough or not self._unbegun[stage]
+
+    def _note_busy(self, stage: int, worker: str) -> None:
+        """A replica that was given a unit may have enough to do now."""
+        if stage in self._busy and not self._open(worker, stage):
+            idle_R, unit_R = self._busy[stage]
+            more = self._idle(stage, worker), self._unit(stage, worker)
+            self._busy[stage] = np.append(idle_R, more[0]), np.append(unit_R, more[1])
 
     def _forward(self, unit: Unit, worker: str, x: Any) -> None:
         unit.worker = worker
@@ -415,6 +426,14 @@ class Work:
             return max(seconds(worker, "last", stage), BRIEF)
         return max(seconds(worker, "forward", stage) + seconds(worker, "backward", stage), BRIEF)
 
+    def _sealing(self, stage: int, worker: str) -> float:
+        """Seconds that hashing its sums should take a worker: where it is not known, as slow as its units are."""
+        pace, method = self.team.pace, "last" if stage == self._last else "backward"
+        known, usual, unit = pace.of(worker, "seal", stage), pace.mean("seal", stage), pace.mean(method, stage)
+        if known is not None or not usual or not unit:
+            return known or 0.0
+        return usual * pace.seconds(worker, method, stage) / unit
+
     def _open(self, worker: str, stage: int) -> bool:
         most = DEPTH if stage == self._last else max(2, self._last + 1 - stage)
         return len(self.calls[worker]) < DEPTH and self._begun[worker] < most
@@ -422,7 +441,7 @@ class Work:
     def _idle(self, stage: int, worker: str) -> float:
         """When a worker is expected to be done with what it has, and with its sums' hashes."""
         mine, pace = self.calls[worker], self.team.pace
-        after = pace.seconds(worker, "seal", stage, first=0.0)
+        after = self._sealing(stage, worker)
         if not mine:
             return self._now + after
         end = self._began(mine[0])
