@@ -40,7 +40,13 @@ KINDS = {
     "host joins": 2,
     "slow worker": 2,
 }
-SHAPES = (("--replicas", "3"), ("--replicas", "0"), ("--replicas", "2", "--stages", "2"), ("--stages", "2"))
+SHAPES = (
+    ("--replicas", "3"),
+    ("--replicas", "0"),
+    ("--replicas", "2", "--stages", "2"),
+    ("--stages", "2"),
+    ("--auto",),
+)
 RECIPE = """
 name = "chaos"
 seed = 3

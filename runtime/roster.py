@@ -23,6 +23,8 @@ LOOK_SECONDS = 2.0
 """How often the machines are asked whether there is room for more workers, or some are about to go."""
 ASK_SECONDS = 10.0
 """How long after workers were asked for there is no look for more room: by then they have what they take."""
+NOTICE_SECONDS = 120.0
+"""How long a host that says that it leaves is there at most."""
 REST_SECONDS = 30.0
 """How long after a worker that did not come up no other is asked for."""
 WINDOW_BYTES = 2**28
@@ -97,6 +99,7 @@ class Roster:
             if crew.joined.pop(name, None) is not None:
                 self._note(f"lost {name}, new in this step: {error.lost[name][:REASON]}")
         self._here = [(name, stage) for name, stage in self._here if name not in error.lost]
+        self._coming = [coming for coming in self._coming if coming[0] not in error.lost]
         for place, name in fresh.items():
             self._note(f"lost {place}: {error.lost[name][:REASON]}")
         gone = {place: crew.gone[name] for place, name in crew.members.items() if name in crew.gone}
@@ -121,11 +124,16 @@ class Roster:
         if self._reviser and not self._coming:
             self._revise(self._reviser, steps_left, now)
 
-    def meanwhile(self) -> bool:
-        """See Changes: whoever has come takes the state from peers, which does not change while units are under way."""
+    def meanwhile(self, left: float) -> bool:
+        """See Changes: whoever has come takes the state from peers, which does not change while units are under way.
+
+        Who is about to leave and will not be there at the end of the step is taken for lost while others have time.
+        """
         crew = self._crew
         if crew.fixed or self._reviser:
             return False
+        if left > NOTICE_SECONDS and crew.pace.now() >= self._next_look and (going := self._leaving()):
+            raise WorkersLost({crew.members[place]: f"{why}, before the step's end" for place, why in going.items()})
         self._welcome()
         self._look()
         some, peers = False, cache(crew.present)
@@ -274,8 +282,8 @@ class Roster:
         crew, leaving = self._crew, self._membership.leaving()
         gone = {place: leaving[name] for place, name in crew.members.items() if name in leaving}
         for stage in range(len(crew.plan.replicas)):
-            if set(crew.plan.team(stage)) <= set(gone):
-                gone.pop(crew.plan.team(stage)[0])
+            if set(crew.present(stage)) <= set(leaving):
+                gone.pop(next((place for place in crew.plan.team(stage) if place in gone), ""), None)
         return gone
 
     def _require_somebody(self, gone: Mapping[str, str]) -> None:

@@ -34,8 +34,8 @@ class Changes(Protocol):
     def lost(self, error: WorkersLost, later: bool = False) -> None:
         """Have the crew go on without workers; with `later` their places may stay empty, as units are under way."""
 
-    def meanwhile(self) -> bool:
-        """While units are under way: let take part who has come. Whether somebody has."""
+    def meanwhile(self, left: float) -> bool:
+        """While units are under way, about `left` seconds more: let take part who has come. Whether somebody has."""
 
     def settle(self) -> None:
         """Before the state changes: a place for everybody who takes part, and nobody else has one."""

@@ -189,8 +189,8 @@ class Work:
     step: int
     batch: Batch
     micro_batches: Sequence[int]
-    meanwhile: Callable[[], bool] = lambda: False
-    """Called again and again: whether somebody has come who may be given units."""
+    meanwhile: Callable[[float], bool] = lambda _: False
+    """Called again and again with the seconds that are left: whether somebody has come who may be given units."""
     units: dict[tuple[int, int], Unit] = field(init=False)
     calls: dict[str, list[Call]] = field(init=False, default_factory=lambda: defaultdict(list))
     """What each worker has to do, in order."""
@@ -240,11 +240,15 @@ class Work:
         """Go on until every unit is done; handles of the losses. WorkersLost: `forget` them, then run again."""
         self._lines = {}  # who there is may have changed, and so may have what each has to do
         while self._left:
-            if self.meanwhile():
+            if self.meanwhile(self._seconds_left()):
                 self._lines = {}
             self._issue()
             self._collect()
         return [self.units[self._last, m].loss for m in self.micro_batches]
+
+    def _seconds_left(self) -> float:
+        """In which what nobody has begun should be done."""
+        return max((self._unbegun[stage] / line.rate for stage, line in self._lines.items() if line.rate), default=0.0)
 
     def forget(self, workers: Collection[str]) -> None:
         """What these workers had done is to be done again by others."""

@@ -355,6 +355,30 @@ def test_a_host_that_leaves_is_let_go_between_steps(
     assert History.open(store, "tiny").steps()[2].events == tuple(told)
 
 
+class Leaving(LossyGroup):
+    """In step 2 hosts say that they leave."""
+
+    def call(self, worker: str, method: str, *args: Any, returns: int | None = None) -> Any:
+        if method == "last" and args[0] == 2:
+            self.going = {"s0r0": "host a is leaving", "s1r0": "host a is leaving", "s1r1": "host b is leaving"}
+        return super().call(worker, method, *args, returns=returns)
+
+
+def test_a_host_that_leaves_before_a_long_step_ends_is_let_go_within_it(
+    honest: tuple[Ended, list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.roster.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("runtime.roster.NOTICE_SECONDS", -1.0)
+    ended, store, seen = elastic(Leaving(places=0), stages=2, replicas=2)
+    assert (ended, facts(store)) == honest
+    told = [event.what for event in seen if isinstance(event, Changed)]
+    assert told == [  # a stage keeps its last one
+        "lost s0r0: host a is leaving, before the step's end",
+        "lost s1r1: host b is leaving, before the step's end",
+    ]
+    assert History.open(store, "tiny").steps()[2].events == tuple(told)
+
+
 def test_receipts_of_a_disturbed_step_cover_every_unit_once(tmp_path: Any) -> None:
     group = LossyGroup({150: ["s1r1"]}, places=0)
     _, store, _ = elastic(group, stages=2, replicas=2, keys=str(tmp_path))
