@@ -23,6 +23,9 @@ from storage.errors import FailureError, TrueweightError
 
 MEASURE_SECONDS = 600.0
 """How long nodes may take to measure themselves before a run begins without them."""
+BUSY_SECONDS = 30.0
+"""How long a run waits for others to leave where they are at work on every node, such as workers of a controller that
+was killed a moment ago."""
 LOOK_SECONDS = 2.0
 """How often Ray is asked which nodes there are."""
 RETRY_SECONDS = 60.0
@@ -76,6 +79,10 @@ class RaySites:
         Those that do not within `seconds` are left out. FailureError where none does.
         """
         self._look()
+        patience = time.monotonic() + BUSY_SECONDS
+        while not self._sites and self._busy and time.monotonic() < patience:
+            time.sleep(_TICK)
+            self._look()
         told = ", ".join(sorted(site.name for site in self._sites.values()))
         self._tell(f"measuring {len(self._sites)} hosts: {told}" if len(self._sites) != 1 else f"measuring {told}")
         deadline = time.monotonic() + seconds
