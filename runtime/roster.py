@@ -134,8 +134,8 @@ class Roster:
             return False
         if left > NOTICE_SECONDS and crew.pace.now() >= self._next_look and (going := self._leaving()):
             raise WorkersLost({crew.members[place]: f"{why}, before the step's end" for place, why in going.items()})
-        self._welcome()
         self._look()
+        self._welcome()
         some, peers = False, cache(crew.present)
         for name, stage in list(self._here) if crew.roots else []:  # after a restore they are not known
             if name not in self._fetches:
@@ -184,9 +184,8 @@ class Roster:
         now = self._crew.pace.now()
         if now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
-            if not self._reviser and now >= self._next_ask and (room := self._membership.room()):
+            if not self._reviser and now >= self._next_ask and self._ask(self._membership.room()):
                 self._next_ask = now + ASK_SECONDS
-                self._ask(room)
 
     def close(self) -> None:
         """Ask for nobody any more; whoever is being started is not needed."""
@@ -297,8 +296,9 @@ class Roster:
 
     # ------------------------------------------------------------------------------------------------------ coming
 
-    def _ask(self, room: int) -> None:
-        """Have workers started for the stages that need them most, as many as there is room for."""
+    def _ask(self, room: int) -> bool:
+        """Have workers started for the stages that need them most, as many as there is room for; whether some are."""
+        asked = room
         configs: dict[int, tuple[str, bytes]] = {}
         crew = self._crew
         replicas = [len(crew.present(stage)) for stage in range(len(crew.plan.replicas))]
@@ -313,6 +313,7 @@ class Roster:
             self._start(f"{place}.{next(self._serial)}", place, config)
             replicas[stage] += 1
             room -= 1
+        return room < asked
 
     def _start(self, name: str, place: str, config: bytes) -> None:
         """Have a worker started beside training."""

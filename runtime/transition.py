@@ -144,9 +144,10 @@ class _Made(Mapping[str, bytes]):
 
 def initialise(crew: Crew) -> bytes:
     """The root of the initial state, which the workers hold from now on."""
-    root = _publish(crew, "initialise")
+    roots = _publish(crew, "initialise")
     crew.gather("commit")
-    return root
+    crew.roots = roots
+    return root_of(crew, roots)
 
 
 def restore(crew: Crew, arrays: Mapping[str, np.ndarray]) -> None:
@@ -247,7 +248,7 @@ def train_step(
     if changes:
         work.meanwhile = changes.meanwhile
 
-    def attempt() -> tuple[int, bytes, bytes, tuple[bytes, ...]]:
+    def attempt() -> tuple[int, bytes, ChunkRoots, tuple[bytes, ...]]:
         losses = work.run()
         if changes:
             changes.settle()
@@ -255,11 +256,12 @@ def train_step(
         exponent, gradient_root = _reduce(crew, step)
         loss = sum(crew.group.get(losses))
         squares = sum(crew.gather("squares", exponent))
-        root = _publish(crew, "update", step, squares, exponent)
-        return loss, gradient_root, root, tuple(receipt for receipt in crew.gather("receipt", run, step) if receipt)
+        roots = _publish(crew, "update", step, squares, exponent)
+        return loss, gradient_root, roots, tuple(receipt for receipt in crew.gather("receipt", run, step) if receipt)
 
-    loss, gradient_root, root, receipts = going_on(crew, attempt, changes, work)
+    loss, gradient_root, roots, receipts = going_on(crew, attempt, changes, work)
     going_on(crew, lambda: crew.gather("commit"), changes)
+    crew.roots = roots  # not before: a step that is gone through again begins with the state before
     measured = going_on(crew, lambda: _validate(crew, validation), changes)
     record = StepRecord(
         step=step,
@@ -267,7 +269,7 @@ def train_step(
         loss=loss,
         units=len(work.micro_batches),
         gradient_root=gradient_root,
-        state_root=root,
+        state_root=root_of(crew, roots),
         validation=measured,
         events=tuple(events),
         receipts_root=merkle.list_root(receipts),
@@ -319,18 +321,18 @@ def _reduce(crew: Crew, step: int) -> tuple[int, bytes]:
     return max(exponent for exponent, _ in reduced), state_root(entries)
 
 
-def _publish(crew: Crew, method: str, *args: int) -> bytes:
-    """Call what makes the next state on every owner, bring it to all holders, and return its root."""
+def _publish(crew: Crew, method: str, *args: int) -> ChunkRoots:
+    """Call what makes the next state on every owner, bring it to all holders, and return its chunks' roots."""
     parts, heads = _exchange(crew, method, crew.layout.holders_of, *args, heads=1)
     stored = [crew.call(worker, "store", *parts[worker]) for worker in crew.workers]
-    crew.roots = {key: root for part in crew.group.get(heads) for key, root in part.items()}
+    roots = {key: root for part in crew.group.get(heads) for key, root in part.items()}
     crew.group.get(stored)
-    return root_of(crew)
+    return roots
 
 
-def root_of(crew: Crew) -> bytes:
-    """The state root that the known chunk roots compose to."""
-    return state_root(tensor_entries(crew.layout, crew.roots, keys=crew.keys, dtype="f32"))
+def root_of(crew: Crew, roots: ChunkRoots) -> bytes:
+    """The state root that chunk roots compose to."""
+    return state_root(tensor_entries(crew.layout, roots, keys=crew.keys, dtype="f32"))
 
 
 def _exchange(

@@ -294,6 +294,26 @@ def test_who_comes_within_a_step_takes_units_of_it(
         assert judge(history, step // 2, step, replay).agrees
 
 
+class LateLoss(LossyGroup):
+    """Workers are lost when the state after step 2 has been made, and there is room for another from then on."""
+
+    def call(self, worker: str, method: str, *args: Any, returns: int | None = None) -> Any:
+        if method == "receipt" and args[1] == 2 and not self.places:
+            self.dead, self.places = dict.fromkeys(("s0r1", "s0r2"), "it was made to"), 2
+        return super().call(worker, method, *args, returns=returns)
+
+
+def test_who_comes_while_a_step_is_gone_through_again_takes_the_state_before_it(
+    honest: tuple[Ended, list[bytes]], eager: WallClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.roster.WINDOW_BYTES", 2**28)
+    monkeypatch.setattr("runtime.work.DEPTH", 1)
+    ended, store, _ = elastic(LateLoss(places=0, late=True), replicas=3, clock=eager)
+    assert (ended, facts(store)) == honest
+    events = History.open(store, "tiny").steps()[2].events
+    assert events == ("lost s0r1: it was made to", "lost s0r2: it was made to", "joined s0r1")
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "when due"])
 @pytest.mark.parametrize("shape", SHAPES, ids=["1x3", "2x2", "3x2"])
 def test_losses_and_joins_at_any_call_change_no_bit(
