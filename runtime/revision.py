@@ -15,7 +15,8 @@ from typing import NamedTuple, Protocol
 
 from runtime.costs import SLOT_BYTES, WEIGHT_BYTES, Host, Model
 from runtime.plan import Plan
-from runtime.planner import GAIN, Placement, evaluate, make_placement, worth_moving
+from runtime.planner import Placement, evaluate, make_placement, worth_moving
+from runtime.search import GAIN
 from storage.errors import FailureError
 
 DRIFT, SEVERAL = 0.25, 5

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import planner
+from runtime import search
 from runtime.costs import Block, Host, Model, spread
-from runtime.planner import bundle_sizes, evaluate, even_stops, make_placement, undominated, worth_moving
+from runtime.planner import evaluate, make_placement, worth_moving
+from runtime.search import bundle_sizes, even_stops, undominated
 from storage.errors import FailureError, UsageError
 
 
@@ -176,8 +177,8 @@ def test_the_heuristic_is_close_where_it_stands_in(states: int, monkeypatch: pyt
         except FailureError:
             exact.append(None)
     assert sum(one is not None and one.exact for one in exact) >= 4
-    monkeypatch.setattr(planner, "STATES", states)
-    monkeypatch.setattr(planner, "WORK", 1e4)
+    monkeypatch.setattr(search, "STATES", states)
+    monkeypatch.setattr(search, "WORK", 1e4)
     ratios = []
     for (m, hosts), best in zip(cases, exact, strict=True):
         if best is not None and best.exact:
