@@ -12,7 +12,8 @@ import argparse
 from collections.abc import Iterator
 
 from benchmarks.harness import Goal, Row, main
-from runtime.simulation import Fleet, Load, simulate
+from runtime.fleet import Fleet
+from runtime.simulation import Load, simulate
 from storage.errors import UsageError
 
 USEFUL = Goal(relation=">", limit=0.90)

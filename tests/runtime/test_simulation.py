@@ -2,7 +2,8 @@
 
 import pytest
 
-from runtime.simulation import Fleet, Host, Load, Report, SimulatedGroup, VirtualClock, simulate
+from runtime.fleet import Fleet, Host, VirtualClock
+from runtime.simulation import Load, Report, SimulatedGroup, simulate
 from runtime.work import Line
 
 QUICK = {"mbit": (20_000.0, 20_000.0), "latency": (1e-4, 1e-4), "away": 5.0}
