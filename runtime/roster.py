@@ -140,7 +140,7 @@ class Roster:
         for name, stage in list(self._here) if crew.roots else []:  # after a restore they are not known
             if name not in self._fetches:
                 tensors = _kept(crew, crew.layout, crew.plan.team(stage)[0])
-                self._fetches[name] = _Fetch(worker=name, queue=tensors)
+                self._fetches[name] = _Fetch(number=next(crew.fetches), worker=name, queue=tensors)
             fetch = self._fetches[name]
             try:
                 fetch.go_on(crew, _any_of(peers(stage)))
@@ -379,6 +379,8 @@ def regroup(crew: Crew) -> None:
 class _Fetch:
     """Tensors of the state on their way from peers to a worker that is to hold them, each a (key, tensor)."""
 
+    number: int
+    """An old part that arrives after a newer fetch has begun is not kept."""
     worker: str
     queue: list[tuple[str, int]]
     """Those that are still to be asked for."""
@@ -410,7 +412,8 @@ class _Fetch:
             if not (givers := holding(self.queue.pop(0))):
                 raise StageLost(f"tensor {crew.layout.names[tensor]}: no worker holds it any more; resume the run")
             given = crew.group.call(givers[len(self.queue) % len(givers)], "give", key, tensor)
-            self.under_way.append((crew.group.call(self.worker, "take", key, tensor, given), (key, tensor)))
+            taken = crew.group.call(self.worker, "take", self.number, key, tensor, given)
+            self.under_way.append((taken, (key, tensor)))
 
     def _ask_again(self, lost: Sequence[tuple[tuple[str, int], FailureError]]) -> None:
         """Tensors that went with a host are asked of another."""
@@ -433,7 +436,7 @@ def _move(crew: Crew, layout: Layout, members: Mapping[str, str]) -> None:
         stage = layout.plan.place(place)[0]
         has = set(kept[at[name]]) if name in at else set()
         if lacking := [tensor for tensor in needed[stage] if tensor not in has]:
-            fetches.append(_Fetch(worker=name, queue=lacking))
+            fetches.append(_Fetch(number=next(crew.fetches), worker=name, queue=lacking))
     if not fetches:
         return
     if not crew.roots:

@@ -6,6 +6,7 @@ State, batch and step in; next state and a StepRecord out. Which workers there a
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -59,6 +60,8 @@ class Crew:
     """Workers that are lost and have their places yet, with the reason: nobody calls them."""
     joined: dict[str, int] = field(default_factory=dict)
     """Workers that take part and have no place yet, with their stages, whose state they hold."""
+    fetches: Iterator[int] = field(default_factory=count)
+    """Numbers of what workers take from others, the later the higher."""
     pace: Pace = field(default_factory=Pace)
     fixed: bool = True
     """Whether each replica takes the units that the plan gives it, and no others."""

@@ -63,6 +63,8 @@ class StageWorker:
             for slot in program.slots
             for tensor in homed
         }
+        self._fetch = 0
+        """The last of the fetches by which tensors came."""
         self._next: Parts = {}
         """The state after the step, where it is known already."""
         self._kept: dict[int, list[tuple[Any, Any]]] = {}
@@ -120,8 +122,14 @@ class StageWorker:
         """A whole tensor of the state, flat float32, for a worker that is to hold it too."""
         return self._weights[tensor] if key == WEIGHT else self._slots[key, tensor]
 
-    def take(self, key: str, tensor: int, array: np.ndarray) -> tuple[bytes, ...]:
-        """Keep a tensor that another worker gave, whether or not the plan has it here yet: the roots of its chunks."""
+    def take(self, fetch: int, key: str, tensor: int, array: np.ndarray) -> tuple[bytes, ...]:
+        """Keep a tensor that another worker gave, whether or not the plan has it here yet: the roots of its chunks.
+
+        `fetch` numbers what belongs together. What is of an earlier one has been long on its way and is not kept.
+        """
+        if fetch < self._fetch:
+            return ()
+        self._fetch = fetch
         flat = np.array(array, np.float32)
         if key == WEIGHT:
             self._weights[tensor] = flat

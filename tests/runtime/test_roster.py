@@ -15,7 +15,7 @@ from runtime.clock import WallClock
 from runtime.controller import Assembled, Changed, Controller, Elastic, Ended, Event, Stepped, sent
 from runtime.costs import Block, Host, Model
 from runtime.executors import reference
-from runtime.groups import Handle, LocalGroup, ValueLost, WorkersLost
+from runtime.groups import Handle, LocalGroup, ValueLost, WorkerConfig, WorkersLost
 from runtime.places import StepFault
 from runtime.plan import Plan
 from runtime.program.training import CHUNK, BlockSpec
@@ -504,6 +504,19 @@ def test_state_from_a_peer_is_verified(honest: tuple[Ended, list[bytes]], monkey
     assert len([event for event in seen if isinstance(event, Assembled)]) == 1
 
 
+def test_what_has_been_long_on_its_way_is_not_kept() -> None:
+    store = memory_store()
+    job = tiny_job(store)
+    plan = plan_for(job)
+    config = WorkerConfig(worker="s0r0", plan=plan, programs=store.get(job.programs), seed=7, keys="", threads=1)
+    worker: StageWorker = worker_builder(reference)(encode(config))
+    old, new = np.zeros_like(worker.give("weight", 0)), np.ones_like(worker.give("weight", 0))
+    assert worker.take(3, "weight", 0, new)
+    assert worker.take(2, "weight", 0, old) == ()
+    assert worker.give("weight", 0).all()
+    assert worker.take(3, "weight", 1, np.zeros_like(worker.give("weight", 1)))
+
+
 def test_workers_that_may_not_change_end_the_run() -> None:
     store = memory_store()
     job = tiny_job(store)
@@ -755,7 +768,7 @@ class Noting(LocalGroup):
 
     def call(self, worker: str, method: str, *args: Any, returns: int | None = None) -> Any:
         if method == "take":
-            self.taken.append((worker, *args[:2]))
+            self.taken.append((worker, *args[1:3]))
         return (b"root",)
 
 
