@@ -27,6 +27,8 @@ MARGIN = 0.1
 """By how much a step has to become shorter: predictions miss by as much."""
 GRADE, BITS = 0.05, 6
 """Speeds are told apart by their logarithm in such steps, memory by so many bits: what is alike is planned as alike."""
+LEAST_LATENCY = 1e-4
+"""Seconds below which latencies are not told apart."""
 NAMED = 3
 """Hosts of a stage that are told by name."""
 
@@ -212,10 +214,18 @@ class Move(NamedTuple):
 
 
 def graded(host: Host) -> Host:
-    """The host with the speed and memory of those about like it: within 2.5 %, and up to 3 % less."""
+    """The host with the speed and memory of those about like it: within 2.5 %, and up to 3 % less.
+
+    Of its link with half the bandwidth and twice the latency at the worst: measured again it is off by as much.
+    """
     grain = 1 << max(host.memory.bit_length() - BITS, 0)
-    speed = math.exp(round(math.log(host.speed) / GRADE) * GRADE)
-    return replace(host, speed=speed, memory=host.memory // grain * grain)
+    return replace(
+        host,
+        speed=math.exp(round(math.log(host.speed) / GRADE) * GRADE),
+        memory=host.memory // grain * grain,
+        bandwidth=2.0 ** math.floor(math.log2(host.bandwidth)),
+        latency=2.0 ** math.ceil(math.log2(max(host.latency, LEAST_LATENCY))),
+    )
 
 
 def plan_of(placement: Placement) -> Plan:

@@ -1,6 +1,7 @@
 """The hosts of a Ray cluster for the planner: one worker a node, with all of the node's CPUs; measured by themselves.
 
 A node measures itself in a task that is pinned to it. It is sent the recipe's Programs, as workers are, and no code.
+Then each takes arrays of several sizes from the next one: that is its link.
 """
 
 import time
@@ -10,19 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from runtime.actors.group import Pin, RayGroup, draining_nodes
 from runtime.costs import Host, Model
-from runtime.profiles import FOLDER, HostProfile, cached, host_of, make_model
+from runtime.profiles import FOLDER, HostProfile, cached, fit_link, host_of, make_model
 from runtime.program.training import TrainingProgram
 from runtime.version import VERSION
 from storage.errors import FailureError, TrueweightError
 
 MEASURE_SECONDS = 600.0
 """How long nodes may take to measure themselves before a run begins without them."""
+LINK_SECONDS = 60.0
+"""How long measuring a link may take; without, it is what the profile says."""
+SIZES = (2**17, 2**17, 2**20, 2**22, 2**23)
+"""Bytes of what a node takes from another to measure its link; the first opens it and does not count."""
 BUSY_SECONDS = 30.0
 """How long a run waits for others to leave where they are at work on every node, such as workers of a controller that
 was killed a moment ago."""
@@ -35,14 +41,22 @@ _TICK = 0.5
 
 @dataclass(kw_only=True)
 class _Site:
-    """A node: its name for people, its CPUs and memory as Ray has them; `profile` once it has measured itself."""
+    """A node: its name for people, its CPUs and memory as Ray has them; `profile` once it has measured itself.
 
+    `samples` are arrays that it keeps for others to take. `link` is (bytes a second, latency in seconds).
+    """
+
+    node: str
     name: str
     cpus: int
     memory: int
     task: Any
+    samples: list[Any]
     profile: HostProfile | None = None
     left_out: str = ""
+    taking: Any = None
+    since: float = 0.0
+    link: tuple[float, float] | None = None
 
 
 class RaySites:
@@ -89,6 +103,10 @@ class RaySites:
         while any(self._waiting(site) for site in self._sites.values()) and time.monotonic() < deadline:
             time.sleep(_TICK / 10)
             self._take()
+        self._connect()
+        while any(self._connecting(site) for site in self._sites.values()):
+            time.sleep(_TICK / 10)
+            self._take()
         for site in self._sites.values():
             if self._waiting(site):
                 self._leave_out(site, f"it did not measure itself in {seconds:g} s")
@@ -100,7 +118,8 @@ class RaySites:
             raise FailureError(f"no host could be measured ({told}); look at `ray status`")
         self._reference = min(found, key=self._seconds)
         for host in self.hosts():
-            self._tell(f"host {host.name}: speed {host.speed:.2f}, {self._cpus(host.name)} threads")
+            link = f"{8e-6 * host.bandwidth:,.0f} Mbit/s, {1e3 * host.latency:.1f} ms"
+            self._tell(f"host {host.name}: speed {host.speed:.2f}, {self._cpus(host.name)} threads, {link}")
         return make_model(self._program, self._reference)
 
     # ------------------------------------------------------------------------------------------------------- Sites
@@ -110,12 +129,13 @@ class RaySites:
         if time.monotonic() - self._looked > LOOK_SECONDS:
             self._look()
         self._take()
+        self._connect()
         now = time.monotonic()
         resting = {node for node, when in self._group.failed.items() if now - when < RETRY_SECONDS}
         return [
             self._host(site, site.profile)
             for node, site in self._sites.items()
-            if site.profile and node in self._usable - resting
+            if site.profile and not self._connecting(site) and node in self._usable - resting
         ]
 
     def at(self) -> Mapping[str, str]:
@@ -134,12 +154,13 @@ class RaySites:
         host = host_of(profile)
         speed = self._seconds(self._reference or profile) / self._seconds(profile)
         spare = profile.memory - host.memory
+        bandwidth, latency = site.link or (host.bandwidth, host.latency)
         return Host(
             name=site.name,
             speed=speed,
             memory=max(min(host.memory, site.memory - spare), 0),
-            bandwidth=host.bandwidth,
-            latency=host.latency,
+            bandwidth=bandwidth,
+            latency=latency,
         )
 
     def _seconds(self, profile: HostProfile) -> float:
@@ -152,6 +173,10 @@ class RaySites:
     @staticmethod
     def _waiting(site: _Site) -> bool:
         return site.profile is None and not site.left_out
+
+    @staticmethod
+    def _connecting(site: _Site) -> bool:
+        return site.taking is not None and site.link is None and time.monotonic() - site.since < LINK_SECONDS
 
     def _look(self) -> None:
         """Hear which nodes there are, and have new ones measure themselves."""
@@ -169,12 +194,19 @@ class RaySites:
                 continue
             names = {site.name for site in self._sites.values()}
             name = _name(about) if _name(about) not in names else f"{_name(about)}-{node[:6]}"
-            self._sites[node] = _Site(name=name, cpus=cpus, memory=_memory(about), task=self._measure(node, cpus))
+            task, *samples = _on(node, measured, 1 + len(SIZES)).remote(
+                self._programs, self._executor, cpus, self._folder
+            )
+            self._sites[node] = _Site(
+                node=node, name=name, cpus=cpus, memory=_memory(about), task=task, samples=samples
+            )
 
-    def _measure(self, node: str, cpus: int) -> Any:
-        where = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-        task = ray.remote(measured).options(num_cpus=0, scheduling_strategy=where, max_retries=0)
-        return task.remote(self._programs, self._executor, cpus, self._folder)
+    def _connect(self) -> None:
+        """Have nodes that have measured themselves measure their links, each to the next one."""
+        able = [site for site in self._sites.values() if site.profile and site.node in self._usable]
+        for giver, site in zip([*able[1:], *able[:1]], able, strict=True):
+            if site.taking is None and giver is not site:
+                site.taking, site.since = _on(site.node, linked).remote(giver.samples), time.monotonic()
 
     def _take(self) -> None:
         """Take in what nodes have found out about themselves."""
@@ -189,18 +221,40 @@ class RaySites:
                     site.profile = profile
                 else:
                     self._leave_out(site, f"expected Trueweight {VERSION} as here, got {profile.version}")
+            if self._connecting(site) and ray.wait([site.taking], timeout=0)[0]:
+                with suppress(RayError):  # the giver is gone: what the profile says will do
+                    site.link = fit_link(ray.get(site.taking))
+                site.since = float("-inf")
 
     def _leave_out(self, site: _Site, reason: str) -> None:
         site.left_out = reason
         self._tell(f"host {site.name} is left out: {reason}")
 
 
-def measured(programs: bytes, executor: str, threads: int, folder: str) -> HostProfile:
-    """This host's profile, kept or measured now."""
+def _on(node: str, function: Callable[..., Any], returns: int = 1) -> Any:
+    """A task pinned to a node, beside whatever runs there."""
+    where = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    return ray.remote(function).options(num_cpus=0, num_returns=returns, scheduling_strategy=where, max_retries=0)
+
+
+def measured(programs: bytes, executor: str, threads: int, folder: str) -> tuple[Any, ...]:
+    """This host's profile, kept or measured now, and arrays for others to take."""
     from runtime.executors import named
 
     program = TrainingProgram.decode(programs)
-    return cached(program, named(executor), executor=executor, threads=threads, folder=Path(folder).expanduser())
+    folder_here = Path(folder).expanduser()
+    profile = cached(program, named(executor), executor=executor, threads=threads, folder=folder_here)
+    return profile, *(np.zeros(size, np.uint8) for size in SIZES)
+
+
+def linked(samples: Sequence[Any]) -> list[tuple[int, float]]:
+    """(bytes, seconds) that taking references' arrays took this node, one after the other, but for the first."""
+    taken = []
+    for sample in samples:
+        began = time.monotonic()
+        size = ray.get(sample, timeout=LINK_SECONDS).nbytes
+        taken.append((size, time.monotonic() - began))
+    return taken[1:]
 
 
 def _name(node: Mapping[str, Any]) -> str:

@@ -82,6 +82,8 @@ def test_a_run_follows_the_planner_and_survives_the_loss_of_a_host(hosts: Hosts,
         assert {name: round(there[name].speed / there[head].speed, 3) for name in there} == {
             head: 1.0, "two": 3.0, "three": 2.0, "four": 9.0
         }  # fmt: skip
+        assert all(link not in (profiles.BANDWIDTH, 0) for link in (host.bandwidth for host in there.values()))
+        assert sum("Mbit/s" in line for line in told) == 4
         expected = make_placement(reviser.model, list(there.values()))
         assert (plan.bounds, plan.replicas) == (expected.bounds, expected.replicas)
         assert plan.bounds != plan_for(job, stages=len(plan.replicas)).bounds

@@ -93,6 +93,9 @@ def test_hosts_about_alike_are_alike() -> None:
     assert graded(host("a", 1.0)).kind != graded(host("b", 1.1)).kind
     assert graded(host("a", 3.0)).speed == pytest.approx(3.0, rel=0.026)
     assert graded(host("a", memory=2**30 + 5)).memory == 2**30
+    link = graded(replace(host("a"), bandwidth=1.5 * 2**30, latency=0.003))
+    assert (link.bandwidth, link.latency) == (2**30, 2**-8)
+    assert graded(replace(host("a"), latency=0.0)).latency == graded(replace(host("a"), latency=5e-5)).latency > 0
 
 
 def test_what_a_stage_keeps() -> None:
