@@ -92,7 +92,7 @@ def one(fault: Fault, *, plan: Plan, executor: str, keys: str, steps: int) -> Re
     found = full_audit(store, job.name, executor)
     if isinstance(found, Match):
         other = memory_store()
-        train(other, tiny_job(other, steps=steps), plan=plan)
+        train(other, tiny_job(other, steps=steps), group=local_group(BY_NAME["reference"]), plan=plan)
         same = facts(history) == facts(History.open(other, job.name))
         return Result(fault, MASKED if same else "missed", "", 0)
     if not isinstance(found, Diverged):
