@@ -5,7 +5,7 @@ of the stage: while one is left, nothing is lost but what the others had under w
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import count
@@ -25,6 +25,8 @@ ASK_SECONDS = 10.0
 """How long after workers were asked for there is no look for more room: by then they have what they take."""
 NOTICE_SECONDS = 120.0
 """How long a host that says that it leaves is there at most."""
+CLOSE_SECONDS = 20.0
+"""How long the end of a run waits for starts that are called off: Ray does not bear its end in the middle of one."""
 REST_SECONDS = 30.0
 """How long after a worker that did not come up no other is asked for."""
 WINDOW_BYTES = 2**28
@@ -188,12 +190,9 @@ class Roster:
                 self._next_ask = now + ASK_SECONDS
 
     def close(self) -> None:
-        """Ask for nobody any more; whoever is being started is not needed."""
-        for name, _, started in self._coming:
-            started.add_done_callback(partial(self._not_needed, name))
-
-    def _not_needed(self, name: str, _: "Future[None]") -> None:
-        self._crew.group.stop([name])
+        """Ask for nobody any more; whoever is being started is stopped, and what starts it has ended."""
+        self._crew.group.stop([name for name, _, _ in self._coming])
+        wait([started for _, _, started in self._coming], timeout=CLOSE_SECONDS)
 
     def _change(self, without: Mapping[str, str], here: Sequence[tuple[str, int]]) -> None:
         """Have the crew go on without those at some places, lost or leaving, and with those that have come."""

@@ -120,6 +120,7 @@ class RayGroup:
         self._changing = Lock()  # workers are started in threads of their own
         self._share = 0.0
         self._scanned = 0.0
+        self._starting: dict[str, _Member] = {}
         self._pins: dict[str, Pin] = {}
         self.failed: dict[str, float] = {}
         """When a pinned worker last did not come up on a node."""
@@ -127,7 +128,9 @@ class RayGroup:
     def start(self, configs: Mapping[str, bytes]) -> None:
         """See WorkerGroup. FailureError where an actor runs another version or does not come up in time."""
         self._share = self._share or cpus_each(self._cpus, len(configs))
-        fresh = {worker: _Member(actor=self._options(worker).remote()) for worker in configs}
+        with self._changing:
+            fresh = {worker: _Member(actor=self._options(worker).remote()) for worker in configs}
+            self._starting = self._starting | fresh
         try:
             found = self._all({worker: member.actor.version.remote() for worker, member in fresh.items()})
             for worker, (version, host, pid, node) in found.items():
@@ -138,9 +141,13 @@ class RayGroup:
         except BaseException:
             for member in fresh.values():
                 ray.kill(member.actor)
+            with self._changing:
+                self._starting = {name: member for name, member in self._starting.items() if name not in fresh}
             raise
         with self._changing:
-            self._members = self._members | fresh
+            wanted = {name: member for name, member in fresh.items() if name in self._starting}
+            self._starting = {name: member for name, member in self._starting.items() if name not in fresh}
+            self._members = self._members | wanted
 
     def pin(self, pins: Mapping[str, Pin]) -> None:
         """Workers of these names will be started on these nodes."""
@@ -310,15 +317,19 @@ class RayGroup:
             raise WorkersLost(lost)
 
     def stop(self, workers: Sequence[str] | None = None) -> None:
-        """See WorkerGroup. A process that stands still is ended by its host."""
-        names = list(self._members) if workers is None else [name for name in workers if name in self._members]
-        members = [self._members[name] for name in names]
+        """See WorkerGroup. A process that stands still is ended by its host, and a start that is under way fails."""
         with self._changing:
-            self._members = {name: member for name, member in self._members.items() if name not in names}
+            known = self._members | self._starting
+            names = list(known) if workers is None else [name for name in workers if name in known]
+            members = [known[name] for name in names]
+            self._members, self._starting = (
+                {name: member for name, member in those.items() if name not in names}
+                for those in (self._members, self._starting)
+            )
         for member in members:
             with suppress(RayError, ValueError):
                 ray.kill(member.actor)
-            if workers is not None:
+            if workers is not None and member.node:
                 with suppress(RayError, ValueError):
                     _end_process(member)
 

@@ -2,12 +2,14 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from runtime.actors.cluster import Cluster, joined, require_listener
 from runtime.actors.group import RayGroup, WorkerActor, cpus_each
+from runtime.clock import WallClock
 from runtime.controller import Changed, Elastic, Event, Stepped
 from runtime.segments import History
 from runtime.testing import check_worker_group, plan_for, tiny_job, tiny_program, train
@@ -65,6 +67,27 @@ def test_ray_gives_the_same_root_as_this_process(cluster: Cluster, tmp_path: Pat
     assert train(there, job, group=RayGroup(cpus=cluster.cpus), plan=plan, keys=str(tmp_path)) == ended
     history = History.open(there, "tiny")
     assert len(history.items(history.segments()[0].receipts_object)) == 8
+
+
+class IdleActor(WorkerActor):
+    """An actor without a worker."""
+
+    def open(self, config: bytes, executor: str) -> None:
+        del config, executor
+
+
+def test_a_start_that_waits_for_a_cpu_can_be_called_off(cluster: Cluster) -> None:
+    group = RayGroup(cpus=cluster.cpus, actor=IdleActor)
+    first = [f"s0r{n}" for n in range(int(cluster.cpus))]
+    group.start(dict.fromkeys(first, b""))
+    late = WallClock().beside(partial(group.start, {"late": b""}))
+    with pytest.raises(TimeoutError):
+        late.result(timeout=1.0)
+    group.stop(["late"])
+    with pytest.raises(FailureError, match="late"):
+        late.result(timeout=30.0)
+    assert sorted(group.processes()) == first
+    group.stop()
 
 
 def test_another_version_is_refused_by_name(cluster: Cluster) -> None:
