@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hosts", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--leave-per-hour", type=float, default=0.3, help="share of the hosts that leave in an hour")
-    parser.add_argument("--hours", type=float, default=0.25, help="virtual hours from the first step on")
+    parser.add_argument("--hours", type=float, default=0.3, help="virtual hours from the first step on")
     parser.add_argument("--stages", type=int, default=1)
     parser.add_argument("--units", type=int, default=128, help="micro-batches a step for each host")
     parser.add_argument("--mbit", type=float, nargs=2, default=(10_000.0, 10_000.0), help="slowest and fastest link")

@@ -26,7 +26,6 @@ from runtime.program.executor import Executor
 from runtime.program.program import Program
 from runtime.program.training import CHUNK, KindSpec, TrainingProgram, chunk_lengths
 from runtime.program.types import NUMPY, Type
-from runtime.revision import off
 from runtime.version import VERSION
 from storage import merkle
 from storage.files import make_folder, write_whole
@@ -313,14 +312,6 @@ def _decoded(body: Mapping[str, Any]) -> HostProfile:
 
 
 # ---------------------------------------------------------------------------------------------------------------- use
-
-
-def drifted(profile: HostProfile, observed: Sequence[tuple[Sequence[int], float]]) -> bool:
-    """Whether the last units all took far longer, or shorter, than measured (`revision.off`): time to measure again.
-
-    Each is (the kinds of the blocks it went through, seconds forward and backward).
-    """
-    return off([seconds / max(profile.unit_seconds(kinds), 1e-12) for kinds, seconds in observed])
 
 
 def make_model(program: TrainingProgram, profile: HostProfile) -> Model:

@@ -72,9 +72,9 @@ class Receipt:
     """What one worker says it did in one step, signed by its key; `signature` is empty until then.
 
     `bounds` and `replicas` are of the plan that it worked under, and with its id tell its blocks; with the units that
-    each replica did they tell its chunks (version 2: with even ones, whoever did what). Roots are
-    over its own gradient sums, over the chunks of the whole gradient that it owns, and over those of the state that it
-    made from them; `exponent` and `square` are what it said of the owned gradient.
+    each replica did they tell its chunks (in version 2 all replicas owned as much). Roots are over its own gradient
+    sums, over the chunks of the whole gradient that it owns, and over those of the state that it made from them;
+    `exponent` and `square` are what it said of the owned gradient.
     """
 
     run: Digest

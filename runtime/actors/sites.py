@@ -242,8 +242,8 @@ def measured(programs: bytes, executor: str, threads: int, folder: str) -> tuple
     from runtime.executors import named
 
     program = TrainingProgram.decode(programs)
-    folder_here = Path(folder).expanduser()
-    profile = cached(program, named(executor), executor=executor, threads=threads, folder=folder_here)
+    here = Path(folder).expanduser()
+    profile = cached(program, named(executor), executor=executor, threads=threads, folder=here)
     return profile, *(np.zeros(size, np.uint8) for size in SIZES)
 
 

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +10,7 @@ from runtime import profiles
 from runtime.executors import reference
 from runtime.profiles import (
     HostProfile,
-    KindProfile,
     cached,
-    drifted,
     fit_link,
     host_of,
     load,
@@ -28,7 +25,6 @@ from runtime.program.builder import Builder
 from runtime.program.executor import Executor
 from runtime.program.training import TrainingProgram
 from runtime.program.types import Type
-from runtime.revision import SEVERAL
 from runtime.testing import tiny_program
 from storage.errors import FailureError
 
@@ -190,22 +186,6 @@ def test_a_folder_that_cannot_be_is_told(program: TrainingProgram, measured: Hos
 
 
 # ---------------------------------------------------------------------------------------------------------------- use
-
-
-def test_drift(measured: HostProfile) -> None:
-    kind = KindProfile(forward=0.4, backward=0.6, prepare=0.0, handed_bytes=0)
-    profile = dataclasses.replace(measured, kinds=(kind,))
-
-    def units(*seconds: float) -> list[tuple[tuple[int, ...], float]]:
-        return [((0, 0), each) for each in seconds]  # two blocks: 2 s
-
-    assert not drifted(profile, units(*[2.4] * 10))
-    assert drifted(profile, units(*[2.6] * SEVERAL))
-    assert drifted(profile, units(*[2.0] * 10, *[2.6] * SEVERAL))
-    assert drifted(profile, units(*[1.4] * SEVERAL))
-    assert not drifted(profile, units(*[2.6] * (SEVERAL - 1)))
-    assert not drifted(profile, units(*[2.6] * (SEVERAL - 1), 2.0))  # one hiccup the other way
-    assert not drifted(profile, units(*[2.6, 1.4] * SEVERAL))
 
 
 def test_a_link_from_its_transfers() -> None:
