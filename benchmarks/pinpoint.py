@@ -7,13 +7,19 @@ the arithmetic refuses) or changes no fact of the run leaves nothing to find; it
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from functools import partial
+from itertools import count
+from multiprocessing import get_context
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -35,6 +41,7 @@ from verification.evidence import check_evidence, make_evidence
 from verification.pinpoint import HARDWARE, RECORD, SOFTWARE, Finding
 from verification.replay import Replay
 
+T = TypeVar("T")
 CRASHED, MASKED, EXACT = "crashed", "masked", "exact"
 
 
@@ -122,14 +129,41 @@ def full_audit(store: Store, name: str, executor: str) -> object:
     return audit(store, name, lambda _, total: range(total), replay=replay).verdict
 
 
-def honest(seed: int, keys: str, steps: int) -> bool:
+def drawn(seed: int, kinds: Sequence[str], steps: int) -> tuple[str, Result]:
+    """(what was drawn, what became of it)."""
+    draw, job = random.Random(seed), tiny_job(memory_store(), steps=steps)
+    plan = plan_for(job, stages=draw.randint(1, 3), replicas=draw.randint(1, 2))
+    kind, executor = draw.choice(kinds), draw.choice(list(BY_NAME))
+    if kind == "copy":
+        plan = plan_for(job, stages=draw.randint(1, 3), replicas=2)
+    fault = random_fault(job.program, plan, first=0, stop=steps, seed=seed, kinds=[kind])
+    with tempfile.TemporaryDirectory() as keys:
+        result = one(fault, plan=plan, executor=executor, keys=keys, steps=steps)
+    return f"{seed} {plan.shape} {executor}: {fault}", result
+
+
+def honest(seed: int, steps: int) -> bool:
     """Whether an honest run on a random topology and executor matches an audit by a random executor."""
     draw = random.Random(seed)
     store = memory_store()
     job = tiny_job(store, steps=steps)
     plan = plan_for(job, stages=draw.randint(1, 4), replicas=draw.randint(1, 3))
-    train(store, job, group=local_group(BY_NAME[draw.choice(list(BY_NAME))]), plan=plan, keys=keys)
+    with tempfile.TemporaryDirectory() as keys:
+        train(store, job, group=local_group(BY_NAME[draw.choice(list(BY_NAME))]), plan=plan, keys=keys)
     return isinstance(full_audit(store, job.name, draw.choice(list(BY_NAME))), Match)
+
+
+def in_order(pool: Executor, jobs: int, act: Callable[[int], T], first: int) -> Iterator[T]:
+    """What `act` makes of `first`, `first + 1` and so on, some of which are made ahead."""
+    seeds = count(first)
+    ahead = deque(pool.submit(act, next(seeds)) for _ in range(2 * jobs))
+    try:
+        while True:
+            ahead.append(pool.submit(act, next(seeds)))
+            yield ahead.popleft().result()
+    finally:
+        for future in ahead:
+            future.cancel()
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -139,31 +173,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the first fault; the next ones follow")
     parser.add_argument("--steps", type=int, default=5, help="steps of a run")
     parser.add_argument("--kinds", default=",".join(KINDS), help="kinds of faults, such as flip,ulp")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     """Counts by outcome, evidence, seconds of a pinpoint, and false alarms."""
     results: list[Result] = []
-    store = memory_store()
-    job = tiny_job(store, steps=arguments.steps)
-    kinds = arguments.kinds.split(",")
-    seed = arguments.seed
-    with tempfile.TemporaryDirectory() as keys:
-        while sum(result.outcome not in (CRASHED, MASKED) for result in results) < arguments.faults:
-            draw = random.Random(seed)
-            plan = plan_for(job, stages=draw.randint(1, 3), replicas=draw.randint(1, 2))
-            kind, executor = draw.choice(kinds), draw.choice(list(BY_NAME))
-            if kind == "copy":
-                plan = plan_for(job, stages=draw.randint(1, 3), replicas=2)
-            fault = random_fault(job.program, plan, first=0, stop=arguments.steps, seed=seed, kinds=[kind])
-            seed += 1
-            results.append(one(fault, plan=plan, executor=executor, keys=keys, steps=arguments.steps))
-            said = (
-                f"{seed - 1} {plan.shape} {executor}: {fault}: {results[-1].outcome}, evidence {results[-1].evidence}"
-            )
-            print(said, file=sys.stderr, flush=True)
-        good = [honest(arguments.seed + n, keys, arguments.steps) for n in range(arguments.honest)]
-    effective = [result for result in results if result.outcome not in (CRASHED, MASKED)]
+    good: list[bool] = []
+    kinds, steps, jobs = arguments.kinds.split(","), arguments.steps, arguments.jobs
+    effective: list[Result] = []
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for said, result in in_order(pool, jobs, partial(drawn, kinds=kinds, steps=steps), arguments.seed):
+            if len(effective) == arguments.faults:
+                break
+            results.append(result)
+            if result.outcome not in (CRASHED, MASKED):
+                effective.append(result)
+            print(f"{said}: {result.outcome}, evidence {result.evidence}", file=sys.stderr, flush=True)
+        for fine in in_order(pool, jobs, partial(honest, steps=steps), arguments.seed):
+            if len(good) == arguments.honest:
+                break
+            good.append(fine)
+            print(f"honest run {len(good)}: {'match' if fine else 'ACCUSED'}", file=sys.stderr, flush=True)
     for kind in kinds:
         found = [result for result in effective if result.fault.kind == kind]
         if found:

@@ -48,9 +48,11 @@ class Op:
         return (self.name, self.inputs, tuple(self.attributes.items()))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Program:
     """Inputs (name and type), operators in order, the value numbers that are its outputs, and its constants by digest.
+
+    Programs with the same root are equal.
 
     Raises OperatorError where an operator uses a value before it is defined or breaks its type rule: a Program that
     exists is well formed, whoever sent it.
@@ -115,6 +117,12 @@ class Program:
     def root(self) -> bytes:
         """The Merkle root (32 bytes) over the header, every operator's record in order, and the labels."""
         return merkle.list_root(leaves(self))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Program) and self.root == other.root
+
+    def __hash__(self) -> int:
+        return hash(self.root)
 
     @property
     def histogram(self) -> dict[str, int]:

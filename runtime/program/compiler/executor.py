@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,10 @@ import torch
 from runtime.memory import LARGE, available
 from runtime.program.compiler import products
 from runtime.program.compiler.axes import View
-from runtime.program.compiler.graph import make_graph, tensor_of
-from runtime.program.compiler.plan import INTO, Plan, Whole, make_plan
+from runtime.program.compiler.graph import tensor_of
+from runtime.program.compiler.plan import INTO, Plan, Whole
+from runtime.program.compiler.planned import plan_alone, plan_backward, plan_forward
 from runtime.program.compiler.runner import make_runner
-from runtime.program.compiler.saving import saved_values, shared
 from runtime.program.compiler.segments import Piece, Segment, pieces
 from runtime.program.executor import Observer
 from runtime.program.program import Program
@@ -46,14 +46,12 @@ class _Ready:
 class _Pair:
     """A forward plan and what follows it.
 
-    `common` are the values of the backward Program that both compute, `given` where those lie that are handed over,
-    `handed` their buffers by number there and here; backward plans are by the number of sums that they add to.
+    `handed` are the buffers that are handed over, by number there and here; backward plans are by the number of sums
+    that they add to.
     """
 
     forward: _Ready
-    common: Mapping[int, int]
-    given: Mapping[int, View]
-    handed: dict[int, int]
+    handed: Mapping[int, int]
     backward: dict[int, _Ready] = field(default_factory=dict)
     spare: dict[int, list[Tensor]] = field(default_factory=dict)
     """Memory that was handed over before: new memory would have to be mapped page by page."""
@@ -102,7 +100,7 @@ class CompiledExecutor(ReferenceExecutor):
         self._check(program, inputs)
         key = (program.root, stable)
         if key not in self._ready:
-            self._ready[key] = self._prepare(make_plan(make_graph(program), stable=stable))
+            self._ready[key] = self._prepare(plan_alone(program, stable, self.path))
         ready = self._ready[key]
         try:
             return self._outputs(ready, self._run(ready, inputs, stable))
@@ -115,7 +113,8 @@ class CompiledExecutor(ReferenceExecutor):
         """The outputs of `forward`, and the arrays that it keeps so that `backward` need not compute them again."""
         key = (forward.root, backward.root, stable)
         if key not in self._pairs:
-            self._pairs[key] = self._pair(forward, backward, stable)
+            made = plan_forward(forward, backward, stable, self.path)
+            self._pairs[key] = _Pair(self._prepare(made.plan), made.handed)
         pair = self._pairs[key]
         self._check(forward, inputs)
         try:
@@ -140,8 +139,8 @@ class CompiledExecutor(ReferenceExecutor):
         if saved is None or pair is None:
             return super().backward(forward, backward, inputs, None, sums, stable=stable)
         if len(sums) not in pair.backward:
-            graph = make_graph(backward, given=list(pair.given), known=pair.common, sums=len(sums))
-            pair.backward[len(sums)] = self._prepare(make_plan(graph, stable=stable, given=pair.given))
+            plan = plan_backward(forward, backward, stable, len(sums), self.path)
+            pair.backward[len(sums)] = self._prepare(plan)
         ready = pair.backward[len(sums)]
         kept = len(backward.outputs) - len(sums)
         targets = dict(zip(backward.outputs[kept:], map(torch.from_numpy, sums), strict=True))
@@ -170,21 +169,6 @@ class CompiledExecutor(ReferenceExecutor):
                 ready.fixed.clear()
 
     # ----------------------------------------------------------------------------------------------------- compilation
-
-    def _pair(self, forward: Program, backward: Program, stable: int) -> _Pair:
-        common = shared(forward, backward)
-        handed = saved_values(backward, common, stable)
-        before = make_plan(make_graph(forward, saved=[common[v] for v in handed]), stable=stable)
-        homes: dict[int, int] = {}  # one number for each buffer that is handed over: a value's that lies in it
-        for value in handed:
-            homes.setdefault(before.views[common[value]].buffer, value)
-        given = {v: replace(before.views[common[v]], buffer=homes[before.views[common[v]].buffer]) for v in handed}
-        return _Pair(
-            forward=self._prepare(before),
-            common=common,
-            given=given,
-            handed={value: buffer for buffer, value in homes.items()},
-        )
 
     def _prepare(self, plan: Plan) -> _Ready:
         before, main = (pieces(plan, part, self._library, self._threads) for part in (plan.before, plan.main))
