@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,7 +31,7 @@ from runtime.controller import Controller, Event, Stepped
 from runtime.executors import DEFAULT, named
 from runtime.feed import Batch, Feed
 from runtime.groups import LocalGroup
-from runtime.plan import Plan, make_plan
+from runtime.plan import make_plan
 from runtime.recipe import load_recipe
 from runtime.segments import History
 from runtime.worker import StageWorker, worker_builder
@@ -40,7 +41,7 @@ from storage.store import Store, open_store
 from trueweight import wiring
 from trueweight.auditing import Audited, Auditor, Choice, make_beacon
 from verification.audit import Match
-from verification.replay import Material, Replay
+from verification.replay import Replay
 
 RECIPE = RECIPES / "quickstart.toml"
 CLOSE = 10
@@ -125,11 +126,13 @@ def audited(store: Store, name: str, choice: Choice, arguments: argparse.Namespa
             clock.stop()
             return record
 
-    def replay(history: History, plan: Plan | None, material: Material | None) -> Replay:
-        build = worker_builder(named(arguments.executor))
-        return Timed(history.store, history.run, threads=arguments.threads, build=build, plan=plan, material=material)
+    make = named(arguments.executor)
 
-    made = Auditor(store=store, name=name, replay=replay).run(choice)
+    def replay(history: History) -> Replay:
+        return Timed(history.store, history.run, threads=arguments.threads, build=worker_builder(make))
+
+    auditor = Auditor(store=store, name=name, replay=replay, executor=partial(make, arguments.threads))
+    made = auditor.run(choice)
     if made.verdict != Match():
         raise FailureError(f"an honest run: expected a match, got {made.verdict}; this machine computes wrongly")
     return made, clock

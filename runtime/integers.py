@@ -1,6 +1,6 @@
 """Sums of int64 arrays that are exact whatever the order, or an error (docs/arithmetic.md, gradients)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -75,6 +75,17 @@ def sum_exactly(parts: Iterable[ExactSum], size: int) -> ExactSum:
     for part in parts:
         total.add(part)
     return total
+
+
+def open_arrays(sums: Sequence[ExactSum], bounds: Sequence[int | None]) -> list[np.ndarray]:
+    """The arrays of different sums to which parts of magnitudes up to these bounds may be added directly, counted in.
+
+    None of them where one could leave its range, or has a part without a bound.
+    """
+    known = [bound for bound in bounds if bound is not None]
+    if len(known) < len(bounds) or not all(total.takes(bound) for total, bound in zip(sums, known, strict=True)):
+        return []
+    return [total.value for total in sums]
 
 
 def _magnitude(value: np.ndarray) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from runtime import memory
 from runtime.groups import WorkerConfig, WrongValue
-from runtime.integers import ExactSum, sum_exactly
+from runtime.integers import ExactSum, open_arrays, sum_exactly
 from runtime.places import StepFault, at
 from runtime.plan import Plan
 from runtime.program.executor import Executor
@@ -287,12 +287,9 @@ class StageWorker:
 
     def _open_sums(self, names: Sequence[str], bounds: Sequence[int | None]) -> list[np.ndarray]:
         """The arrays that a backward pass may add its gradients to unseen; none where one could leave its range."""
-        if None in bounds or len(set(names)) != len(names):
+        if len(set(names)) != len(names):
             return []
-        sums = [self._sum(self._index[name]) for name in names]
-        if not all(total.takes(bound) for total, bound in zip(sums, bounds, strict=True) if bound is not None):
-            return []
-        return [total.value for total in sums]
+        return open_arrays([self._sum(self._index[name]) for name in names], bounds)
 
     def evaluate(self, x: np.ndarray) -> np.ndarray:
         """The stage's output without dropout; nothing is kept."""

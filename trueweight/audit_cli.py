@@ -11,7 +11,6 @@ from rich.console import Console
 
 from runtime import executors
 from runtime.executors import Make
-from runtime.plan import Plan
 from runtime.segments import History
 from runtime.worker import worker_builder
 from storage.errors import TrueweightError, UsageError
@@ -27,7 +26,7 @@ from trueweight.junit import junit
 from trueweight.page import audit_page
 from trueweight.pinpoint_cli import finding_report, print_finding
 from verification.audit import Diverged, SegmentAudit, Spread, audit
-from verification.replay import Material, Replay
+from verification.replay import Replay
 from verification.sampling import UNIFORM, Piece
 
 _TICK_SECONDS = 0.05
@@ -122,6 +121,7 @@ def audit_command(
         store=objects,
         name=name,
         replay=partial(_replay, make=make, threads=threads),
+        executor=partial(make, threads),
         observe=observe,
         spread=_spread(store, name, executor, threads, workers, address, observe) if remote else None,
     )
@@ -188,9 +188,8 @@ def _goes_with(options: dict[str, object], allowed: bool, needed: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- auditing
 
 
-def _replay(history: History, plan: Plan | None, material: Material | None, *, make: Make, threads: int) -> Replay:
-    build = worker_builder(make)
-    return Replay(history.store, history.run, threads=threads, build=build, plan=plan, material=material)
+def _replay(history: History, *, make: Make, threads: int) -> Replay:
+    return Replay(history.store, history.run, threads=threads, build=worker_builder(make))
 
 
 def _spread(
@@ -248,7 +247,7 @@ def _divergence(
         return None
     try:
         if unit := next((unit for unit in audited.units if unit.verdict == found), None):
-            whole = audit(store, auditor.name, lambda *_: [unit.index], replay=lambda h: auditor.replay(h, None, None))
+            whole = audit(store, auditor.name, lambda *_: [unit.index], replay=auditor.replay)
             if not isinstance(whole.verdict, Diverged):
                 tell(f"not narrowed down: segment {unit.index} as a whole is {reports.verdict_name(whole.verdict)}")
                 return None

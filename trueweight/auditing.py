@@ -5,13 +5,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from math import ceil
 from pathlib import Path
 from secrets import randbits
 from threading import Lock
 from time import perf_counter
 
-from runtime.plan import Plan
+from runtime.program.executor import Executor
 from runtime.segments import History
 from storage.codec import decode
 from storage.errors import FailureError, UsageError
@@ -45,7 +46,7 @@ from verification.sampling import (
     risk_weights,
     seed_beacon,
 )
-from verification.units import MakeReplay, UnitAudit, first_receipts, unit_verdict
+from verification.units import UnitAudit, first_receipts, unit_verdict
 
 CHAINED, SEED, GIVEN = "chained", "seed", "given"
 """Where a beacon comes from: the last commitment, a number, or bytes that the user has from somewhere."""
@@ -284,13 +285,14 @@ class Audited:
 class Auditor:
     """Audits of one run; `observe` is told of steps.
 
-    `replay` makes a machine for a plan, None for a single worker, from what the run committed to, None to read it.
+    `replay` makes a machine that replays segments, `executor` what single workers' units are replayed by.
     `spread` has segments replayed by others, who fetch by themselves.
     """
 
     store: Store
     name: str
-    replay: Callable[[History, Plan | None, Material | None], Replay]
+    replay: Callable[[History], Replay]
+    executor: Callable[[], Executor]
     observe: Callable[[str], None] = lambda _: None
     spread: Spread | None = None
 
@@ -317,14 +319,14 @@ class Auditor:
             store,
             self.name,
             choose,
-            replay=lambda history: self.replay(history, None, None),
+            replay=self.replay,
             observe=self.observe,
             spread=self.spread,
         )
         return Audited(report=report, selection=selection, steps=steps)
 
     def _units(self, store: Store, choice: Choice) -> Audited:
-        """The audit of single workers' units, each on a machine of its own."""
+        """The audit of single workers' units."""
         history: History | None = None
         segments: Sequence[SegmentRecord] = ()
         report = AuditReport(run=self.name, run_digest="", total=0, segments=(), verdict=Inconclusive(reason=""))
@@ -355,34 +357,16 @@ class Auditor:
             )
         selection = select(choice, history, candidates)
         units: list[UnitAudit] = []
-        make = _Kept(lambda plan: self.replay(history, plan, material))
+        make = lru_cache(1)(self.executor)
         for piece in selection.pieces:
-            made = unit_verdict(history, segments, piece.segment, piece.worker, make, material.program)
+            made = unit_verdict(history, segments, piece.segment, piece.worker, make, material)
             if not isinstance(made.verdict, Match):
-                make.forget()
+                make.cache_clear()  # it may be in the middle of something
             self.observe(f"segment {piece.segment}, worker {piece.worker}: {len(units) + 1} of {len(selection.pieces)}")
             units.append(made)
         verdict = overall(unit.verdict for unit in units)
         steps = segments[-1].first_step + segments[-1].steps
         return Audited(report=replace(report, verdict=verdict), units=tuple(units), selection=selection, steps=steps)
-
-
-class _Kept:
-    """The machine of the last plan, for the next unit of the same plan: a run's programs are compiled once."""
-
-    def __init__(self, make: MakeReplay) -> None:
-        self._make = make
-        self._held: tuple[Plan, Replay] | None = None
-
-    def __call__(self, plan: Plan) -> Replay:
-        if self._held is None or self._held[0] != plan:
-            self._held = None  # two machines are not held at a time
-            self._held = plan, self._make(plan)
-        return self._held[1]
-
-    def forget(self) -> None:
-        """The machine may be in the middle of something."""
-        self._held = None
 
 
 def committed_steps(history: History) -> int | None:

@@ -178,7 +178,7 @@ class Follower:
     def _held(self, history: History) -> Replay:
         """One machine for all segments: a run's programs are compiled once."""
         if self._machine is None:
-            self._machine = self.auditor.replay(history, None, None)
+            self._machine = self.auditor.replay(history)
         return self._machine
 
     def _observe(self, line: str) -> None:

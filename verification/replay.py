@@ -4,7 +4,7 @@ Nothing of the submitter's is imported. A Program is data, and so is everything 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from runtime.data import open_dataset
@@ -15,7 +15,7 @@ from runtime.plan import Plan, make_plan
 from runtime.program.training import TrainingProgram
 from runtime.recipe import decode_recipe
 from runtime.shards import WEIGHT
-from runtime.transition import Crew, assemble, crew_names, forward_backward, initialise, place, restore, train_step
+from runtime.transition import Crew, assemble, initialise, restore, train_step
 from runtime.worker import worker_builder
 from storage.checkpoints import Checkpoint, open_checkpoint
 from storage.codec import decode
@@ -52,6 +52,23 @@ class Material:
                 f"got {program.micro_batches}; they are of another recipe, and nothing can be replayed"
             )
         return cls(feed=feed, program=program, programs=programs)
+
+
+def fitting_checkpoint(store: Store, state: bytes, program: TrainingProgram) -> Checkpoint:
+    """The checkpoint of a state that is no larger than the Programs' own: manifests may claim any shapes.
+
+    FailureError where it is.
+    """
+    checkpoint = open_checkpoint(store, state)
+    shapes = {f"{key}/{spec.name}": spec.shape for key in (WEIGHT, *program.slots) for spec in program.tensors}
+    for entry in checkpoint.manifest.tensors:
+        expected = shapes.get(entry.name)
+        if expected is None or math.prod(entry.shape) > math.prod(expected):
+            raise FailureError(
+                f"state {state.hex()}: expected the tensors of the run's programs, got {entry.name} of "
+                f"{list(entry.shape)}; take the checkpoint from another copy of the store"
+            )
+    return checkpoint
 
 
 class Replay:
@@ -96,31 +113,8 @@ class Replay:
         """Hold the stored state of that root, with every frame of it checked."""
         restore(self.crew, self._checkpoint(state).load())
 
-    def load_weights(self, state: bytes) -> None:
-        """Hold the weights of the stored state of that root, which is all that forward and backward take."""
-        place(self.crew, self._checkpoint(state).load(lambda name: name.startswith(f"{WEIGHT}/")))
-
     def _checkpoint(self, state: bytes) -> Checkpoint:
-        """The checkpoint of a state that is no larger than the Programs' own: manifests may claim any shapes."""
-        checkpoint, layout = open_checkpoint(self._store, state), self.crew.layout
-        shapes = {name: layout.shapes[tensor] for name, (_, tensor) in crew_names(self.crew).items()}
-        for entry in checkpoint.manifest.tensors:
-            expected = shapes.get(entry.name)
-            if expected is None or math.prod(entry.shape) > math.prod(expected):
-                raise FailureError(
-                    f"state {state.hex()}: expected the tensors of the run's programs, got {entry.name} of "
-                    f"{list(entry.shape)}; take the checkpoint from another copy of the store"
-                )
-        return checkpoint
-
-    def unit(self, run: bytes, step: int, worker: str, micro_batches: Sequence[int]) -> Receipt:
-        """What a worker has to say of some micro-batches: of its receipt all but what follows from the others' work."""
-        forward_backward(self.crew, step, self.feed.batch(step), micro_batches)
-        crew = self.crew
-        crew.call(worker, "gradients", step, crew.layout.shares, returns=len(crew.layout.owners_for(worker)))
-        (claim,) = crew.group.get([crew.call(worker, "claim", run, step)])
-        self.crew.gather("drop")
-        return decode(Receipt, claim)
+        return fitting_checkpoint(self._store, state, self.program)
 
     def step(self, step: int) -> StepRecord:
         """The record of one step, without events; the next state is held from now on."""

@@ -11,7 +11,7 @@ from time import perf_counter
 
 from runtime.places import StepFault
 from runtime.plan import Plan
-from runtime.program.training import TrainingProgram
+from runtime.program.executor import Executor
 from runtime.segments import History
 from storage import merkle
 from storage.codec import decode
@@ -19,9 +19,10 @@ from storage.errors import TrueweightError, UsageError
 from storage.identity import receipt_signer_ok
 from storage.records import Receipt, SegmentRecord
 from verification.audit import FAILURES, Diverged, Inconclusive, Match, Verdict, printable
-from verification.replay import Replay
+from verification.replay import Material, fitting_checkpoint
+from verification.unit_replay import UnitReplay, initial_weights, stored_weights
 
-MakeReplay = Callable[[Plan], Replay]
+MakeExecutor = Callable[[], Executor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +50,10 @@ def unit_verdict(
     segments: Sequence[SegmentRecord],
     index: int,
     worker: str,
-    make: MakeReplay,
-    program: TrainingProgram | None = None,
+    make: MakeExecutor,
+    material: Material | None = None,
 ) -> UnitAudit:
-    """The audit of one worker's units; whatever keeps it from its end is inconclusive. `program` is the run's.
+    """The audit of one worker's units; whatever keeps it from its end is inconclusive. See `audit_unit`.
 
     UsageError where the run has no such segment, or the worker signed nothing in its first step.
     """
@@ -71,7 +72,7 @@ def unit_verdict(
     else:
         address = f"0x{_receipt_of(history, segment, receipts, worker).address.hex()}"
         try:
-            difference, units = audit_unit(history, segments, index, worker, make, program)
+            difference, units = audit_unit(history, segments, index, worker, make, material)
             share = units / max(sum(len(receipt.units) for receipt in receipts), 1)
             verdict = difference or verdict
         except FAILURES as error:
@@ -128,12 +129,12 @@ def audit_unit(
     segments: Sequence[SegmentRecord],
     index: int,
     worker: str,
-    make: MakeReplay,
-    program: TrainingProgram | None = None,
+    make: MakeExecutor,
+    material: Material | None = None,
 ) -> tuple[Diverged | None, int]:
     """(the first difference of a worker's receipt from a replay of its units, None where it matches; units replayed).
 
-    `make` gives a replay under a plan, `program` is the run's, read where it is not given.
+    `make` gives the executor that replays them, `material` is the run's, read where it is not given.
     """
     segment = segments[index]
     receipt = first_receipt(history, segment, worker)
@@ -141,7 +142,8 @@ def audit_unit(
         return found, 0
     path = f"segment {index}/step {segment.first_step}/{printable(worker)}"
     units = [unit.micro_batch for unit in receipt.units]
-    program = program or TrainingProgram.decode(history.store.get(history.run.programs))
+    material = material or Material.read(history.store, history.run)
+    program = material.program
     if program.root != history.run.program_root:
         roots = program.root.hex(), history.run.program_root.hex()
         return Diverged(path="run/program_root", expected=roots[0], actual=roots[1]), 0
@@ -159,28 +161,31 @@ def audit_unit(
         root = merkle.list_root(())
         found = Diverged(path=f"{path}/gradient_root", expected=root.hex(), actual=receipt.gradient_root.hex())
         return None if receipt.gradient_root == root else found, 0
-    count = len(receipt.bounds) - 1
-    plan = Plan(bounds=receipt.bounds, replicas=(1,) * count, units=((0,) * program.micro_batches,) * count)
-    replay, alone = make(plan), plan.worker(stage, 0)
+    executor = make()
     if index:
-        replay.load_weights(segments[index - 1].poststate)
+        checkpoint = fitting_checkpoint(history.store, segments[index - 1].poststate, program)
+        weights = stored_weights(checkpoint, program)
     else:
-        replay.initial()
+        weights = initial_weights(executor, program, material.feed.recipe.seed)
+    replay = UnitReplay(
+        executor=executor,
+        material=material,
+        weights=weights,
+        step=segment.first_step,
+        blocks=range(*receipt.bounds[stage : stage + 2]),
+    )
     try:
-        expected = replay.unit(history.run_digest, segment.first_step, alone, units)
+        replay.run(units)
     except StepFault as fault:
         return Diverged(path=path, expected=f"a fault: {fault}", actual=receipt.gradient_root.hex()), 0
-    # A machine that replayed other units of this step before still tells of them.
-    mine_by_number = {unit.micro_batch: unit for unit in expected.units}
-    for other in receipt.units:
-        mine = mine_by_number[other.micro_batch]
+    for mine, other in zip(replay.units, receipt.units, strict=True):
         for name in ("x", "y", "dy", "dx"):
             values = getattr(mine, name), getattr(other, name)
             if values[0] != values[1]:
                 at = f"{path}/micro-batch {other.micro_batch}/{name}"
                 return Diverged(path=at, expected=values[0].hex(), actual=values[1].hex()), len(units)
-    if expected.gradient_root != receipt.gradient_root:
-        given = expected.gradient_root.hex(), receipt.gradient_root.hex()
+    if replay.gradient_root != receipt.gradient_root:
+        given = replay.gradient_root.hex(), receipt.gradient_root.hex()
         return Diverged(path=f"{path}/gradient_root", expected=given[0], actual=given[1]), len(units)
     return None, len(units)
 

@@ -18,7 +18,6 @@ import pytest
 from runtime.executors import reference
 from runtime.faults import Fault, faulty_builder
 from runtime.groups import LocalGroup
-from runtime.plan import Plan
 from runtime.segments import History, head_name
 from runtime.testing import plan_for, remembered, tiny_job, train
 from runtime.worker import worker_builder
@@ -31,7 +30,7 @@ from trueweight.auditing import Auditor, ReadObjects, make_beacon, unit_candidat
 from trueweight.cli import main
 from trueweight.following import Follower
 from verification.audit import Diverged, Inconclusive, Match
-from verification.replay import Material, Replay
+from verification.replay import Replay
 from verification.sampling import Candidate, Piece, chained_beacon, chosen, draw, seed_beacon
 
 SKIP = Fault(kind="skip", step=2, worker="s1r1", micro_batch=1)
@@ -357,13 +356,13 @@ def follower(store: Store, *, rate: float = 1.0, seed: int = 1, **given: Any) ->
     """A follower of `tiny` that waits for nothing and is never stopped, and what it is going to tell."""
     lines: list[str] = []
 
-    def replay(history: History, plan: Plan | None, material: Material | None) -> Replay:
-        return Replay(history.store, history.run, build=worker_builder(reference), plan=plan, material=material)
+    def replay(history: History) -> Replay:
+        return Replay(history.store, history.run, build=worker_builder(reference))
 
     settings = {"keep_going": False, "wait": lambda: None, "stop": lambda: False} | given
     looks, wait = iter(range(20)), settings["wait"]
     settings["wait"] = lambda: (next(looks), wait())  # ends what would wait for ever
-    auditor = Auditor(store=store, name="tiny", replay=replay)
+    auditor = Auditor(store=store, name="tiny", replay=replay, executor=partial(reference, 1))
     made = Follower(auditor=auditor, rate=rate, beacon=make_beacon(None, seed), tell=lines.append, **settings)
     return made, lines
 

@@ -1,8 +1,8 @@
 """No failure of the infrastructure accuses anybody: whatever fails, wherever it does, the verdict is inconclusive."""
 
-import functools
 import threading
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ MOST_CALLS = 24
 @pytest.fixture(scope="module", autouse=True)
 def decoded_once() -> Iterator[None]:
     """Programs are immutable: hundreds of audits of one run need not decode them hundreds of times."""
-    decode = functools.cache(TrainingProgram.decode)
+    decode = cache(TrainingProgram.decode)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingProgram, "decode", staticmethod(decode))
         yield
@@ -170,11 +170,7 @@ def test_a_unit_audit_that_fails_anywhere_is_inconclusive(case: Case, error: str
         history = History.open(case.honest, "tiny")
         segments = history.segments()
         history.store = store
-
-        def make(plan: Plan) -> Replay:
-            return Replay(store, history.run, plan=plan)
-
-        return unit_verdict(history, segments, 1, "s1r0", make).verdict
+        return unit_verdict(history, segments, 1, "s1r0", partial(executors.reference, 1)).verdict
 
     counted = Failing(case.honest.objects, -1, "none")  # type: ignore[arg-type]
     assert at(counted) == Match()
@@ -183,6 +179,22 @@ def test_a_unit_audit_that_fails_anywhere_is_inconclusive(case: Case, error: str
         for k in sampled(len(counted.calls))
     ]
     assert {type(verdict) for verdict in verdicts} == {Inconclusive}
+
+
+@pytest.mark.parametrize("error", ["failed", "memory"])
+def test_a_unit_audit_whose_executor_fails_at_any_call_is_inconclusive(case: Case, error: str) -> None:
+    history = History.open(case.honest, "tiny")
+    made: list[FailingExecutor] = []
+
+    def at(number: int) -> Verdict:
+        def make() -> Any:
+            made.append(FailingExecutor(executors.reference(1), number, ERRORS[error]))
+            return made[-1]
+
+        return unit_verdict(history, history.segments(), 1, "s1r0", make).verdict
+
+    assert at(-1) == Match()
+    assert {type(at(number)) for number in sampled(made[0].count)} == {Inconclusive}
 
 
 class FailingTraces(RecordedTraces):
@@ -265,7 +277,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, folder: Path, answers: int, how: str) -> None:
         self.left, self.how = answers, how
-        super().__init__(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+        super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property

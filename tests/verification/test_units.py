@@ -1,19 +1,21 @@
 """Audits of one worker's units: honest ones match, a fault is found at its unit, and nobody else is named."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from runtime.executors import reference
+from runtime.executors import Make, compiled, reference
 from runtime.faults import Fault, faulty_builder
 from runtime.groups import LocalGroup
-from runtime.plan import Plan
 from runtime.segments import History
 from runtime.testing import local_group, plan_for, remembered, tiny_job, train
-from runtime.worker import worker_builder
+from storage.checkpoints import Checkpoint
 from storage.errors import UsageError
 from storage.store import Store, memory_store
-from verification.replay import Replay
+from verification.replay import Material
 from verification.units import audit_unit
 
 
@@ -25,14 +27,10 @@ def trained(keys: Path, *faults: Fault, stages: int = 2, replicas: int = 2) -> S
     return store
 
 
-def found(store: Store, index: int, worker: str) -> tuple[str, int]:
+def found(store: Store, index: int, worker: str, make: Make = reference) -> tuple[str, int]:
     """(the path of the divergence, "" for a match; units replayed)."""
     history = History.open(store, "tiny")
-
-    def make(plan: Plan) -> Replay:
-        return Replay(store, history.run, build=worker_builder(reference), plan=plan)
-
-    difference, units = audit_unit(history, history.segments(), index, worker, make)
+    difference, units = audit_unit(history, history.segments(), index, worker, partial(make, 1))
     return difference.path if difference else "", units
 
 
@@ -41,6 +39,28 @@ def test_honest_units_match(tmp_path: Path) -> None:
     for index in range(3):
         for worker in ("s0r0", "s2r1") if index != 1 else ("s1r1",):
             assert found(store, index, worker) == ("", 2)
+    assert found(store, 1, "s1r0", compiled) == found(store, 2, "s2r0", compiled) == ("", 2)
+
+
+def test_a_unit_takes_the_memory_of_a_block(tmp_path: Path) -> None:
+    """Whatever the stage, no more than one block's weights are asked for at a time."""
+    store = trained(tmp_path, stages=1, replicas=1)
+    history = History.open(store, "tiny")
+    blocks = Material.read(store, history.run).program.blocks
+    asked: list[set[str]] = []
+
+    with pytest.MonkeyPatch.context() as patch:
+        load = Checkpoint.load
+
+        def counted(self: Checkpoint, names: Callable[[str], bool]) -> dict[str, np.ndarray]:
+            arrays = load(self, names)
+            asked.append({name.removeprefix("weight/") for name in arrays})
+            return arrays
+
+        patch.setattr(Checkpoint, "load", counted)
+        assert found(store, 1, "s0r0") == ("", 4)
+    tensors = [set(block.tensors) for block in blocks]
+    assert asked == [*tensors[:-1], *reversed(tensors)]
 
 
 @pytest.mark.parametrize(
