@@ -5,13 +5,15 @@ several rates as `trueweight audit --rate P` does: same executor, same threads, 
 the steps alone on both sides, by the wall and of the processor (the thread that computes); reading and checking the
 state are in the wall time of the whole audit, which is told beside them. The first step of a machine takes longer, its
 kernels are loaded, so single later steps are compared too. Medians over repeats with other seeds; training is repeated
-as often. A segment and a worker's units are audited in processes of their own, for their memory.
+as often. A segment, a worker's units and a unit of GPT-2 small are audited in processes of their own, for their memory,
+and flipped bits are pinpointed so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -29,17 +31,20 @@ from benchmarks.harness import Goal, Row, main
 from benchmarks.local import RECIPES
 from runtime.controller import Controller, Event, Stepped
 from runtime.executors import DEFAULT, named
+from runtime.faults import Fault, faulty_builder
 from runtime.feed import Batch, Feed
 from runtime.groups import LocalGroup
 from runtime.plan import make_plan
-from runtime.recipe import load_recipe
+from runtime.recipe import Recipe, ScheduleConfig, load_recipe
 from runtime.segments import History
 from runtime.worker import StageWorker, worker_builder
 from storage.errors import FailureError
+from storage.files import make_folder, write_whole
 from storage.records import StepRecord
 from storage.store import Store, open_store
 from trueweight import wiring
 from trueweight.auditing import Audited, Auditor, Choice, make_beacon
+from trueweight.investigation import FAULTS
 from verification.audit import Match
 from verification.replay import Replay
 
@@ -48,6 +53,10 @@ CLOSE = 10
 """Per cent by which a replay may differ from its share of training."""
 DIGESTS = 2
 """Per cent of a step that digesting what units take and give may cost."""
+UNIT_SECONDS, UNIT_MEGABYTES = 60, 2000
+"""What the audit of a unit of GPT-2 small may take."""
+PINPOINT = {"quickstart": 60, "gpt2-small": 300}
+"""Seconds that a pinpoint may take, of the whole command."""
 
 
 class Clock:
@@ -79,12 +88,38 @@ class Noting(StageWorker):
         Noting.seconds += time.perf_counter() - started
 
 
-def trained(folder: Path, name: str, arguments: argparse.Namespace, *, steps: int, stages: int, replicas: int) -> Clock:
-    """The seconds of the steps of a run that is in the store of the folder afterwards."""
-    recipe, clock = load_recipe(RECIPE), Clock()
+def quickstart(arguments: argparse.Namespace, steps: int) -> Recipe:
+    """The quickstart of so many steps, in short segments."""
+    recipe = load_recipe(RECIPE)
     training = replace(recipe.training, steps=steps, segment=arguments.segment)
-    schedule = replace(recipe.schedule, warmup=min(recipe.schedule.warmup, steps))
-    recipe = replace(recipe, training=training, schedule=schedule)
+    return replace(recipe, training=training, schedule=_warmed(recipe, steps))
+
+
+def small() -> Recipe:
+    """GPT-2 small for two steps of one micro-batch, two sequences of 1,024 tokens, each a segment."""
+    recipe = load_recipe(RECIPES / "gpt2-small.toml")
+    training = replace(
+        recipe.training, steps=2, segment=1, batch=2, micro_batches=1, validate_every=0, validation_batches=0
+    )
+    return replace(recipe, training=training, schedule=_warmed(recipe, 2))
+
+
+def _warmed(recipe: Recipe, steps: int) -> ScheduleConfig:
+    return replace(recipe.schedule, warmup=min(recipe.schedule.warmup, steps))
+
+
+def trained(
+    folder: Path,
+    name: str,
+    recipe: Recipe,
+    arguments: argparse.Namespace,
+    *,
+    stages: int = 1,
+    replicas: int = 1,
+    fault: Fault | None = None,
+) -> Clock:
+    """The seconds of the steps of a run that is in the store of the folder afterwards, with a fault in it if any."""
+    clock = Clock()
     store = open_store(str(folder / "store"), create=True)
 
     class Timed(Feed):
@@ -100,11 +135,16 @@ def trained(folder: Path, name: str, arguments: argparse.Namespace, *, steps: in
 
     with store.writing("benchmark"):
         job = wiring.prepare_job(store, recipe, name=name, folder=RECIPE.parent, tell=lambda _: None)
-    blocks, micro_batches = len(job.program.blocks), recipe.training.micro_batches
+    blocks, micro_batches, make = len(job.program.blocks), recipe.training.micro_batches, named(arguments.executor)
+    build = faulty_builder(make, [fault]) if fault else worker_builder(make, Noting)
+    if fault:
+        noted = folder / "store" / "runs" / name / FAULTS
+        make_folder(noted.parent)
+        write_whole(noted, f"{fault}\n".encode())
     Controller(
         store=store,
         job=replace(job, feed=Timed(recipe=recipe, dataset=job.feed.dataset)),
-        group=LocalGroup(worker_builder(named(arguments.executor), Noting)),
+        group=LocalGroup(build),
         plan=make_plan(blocks=blocks, stages=stages, replicas=replicas, micro_batches=micro_batches),
         keys=str(folder / "keys"),
         threads=arguments.threads,
@@ -138,16 +178,32 @@ def audited(store: Store, name: str, choice: Choice, arguments: argparse.Namespa
     return made, clock
 
 
-def unit_audit(folder: Path, name: str, worker: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `trueweight audit --unit --json` says in a process of its own."""
+def said(folder: Path, arguments: argparse.Namespace, *command: str, code: int = 0) -> dict[str, Any]:
+    """What a command of `trueweight` says with --json, in a process of its own; FailureError unless it ends so."""
     options = ["--store", str(folder / "store"), "--threads", str(arguments.threads), "--executor", arguments.executor]
-    command = [sys.executable, "-m", "trueweight", "audit", name, *options, "--json"]
-    chosen = ["--unit", f"1:{worker}"] if worker else ["--segments", "1"]
-    ended = subprocess.run([*command, *chosen], capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise FailureError(f"{' '.join(command)}: expected a match, got {ended.returncode}: {ended.stderr}")
+    whole = [sys.executable, "-m", "trueweight", *command, *options, "--json"]
+    ended = subprocess.run(whole, capture_output=True, text=True, check=False)
+    if ended.returncode != code:
+        raise FailureError(f"{' '.join(whole)}: expected exit code {code}, got {ended.returncode}: {ended.stderr}")
     told: dict[str, Any] = json.loads(ended.stdout)
     return told
+
+
+def unit_audit(folder: Path, name: str, worker: str, arguments: argparse.Namespace, segment: int = 1) -> dict[str, Any]:
+    """What `trueweight audit` says of a worker's units, of a segment where none is named."""
+    chosen = ["--unit", f"{segment}:{worker}"] if worker else ["--segments", str(segment)]
+    return said(folder, arguments, "audit", name, *chosen)
+
+
+def pinpointed(folder: Path, name: str, fault: Fault, arguments: argparse.Namespace, segment: int) -> Iterator[Row]:
+    """Rows of `trueweight pinpoint`; FailureError unless it finds the fault where it was put."""
+    keys = str(folder / "keys")
+    told = said(folder, arguments, "pinpoint", name, "--segment", str(segment), "--keys", keys, code=1)
+    if (told["worker"], told.get("number")) != (fault.worker, fault.operator):
+        raise FailureError(f"{name}: expected {fault}, got {told}")
+    goal = Goal(relation="<=", limit=PINPOINT[name])
+    yield Row(name=f"{name}: pinpoint of a flipped bit", value=told["seconds"], unit="s", goal=goal)
+    yield Row(name=f"{name}: pinpoint, peak memory", value=told["peak_bytes"] / 1e6, unit="MB")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -158,40 +214,79 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="audits at each rate, and runs")
     parser.add_argument("--executor", default=DEFAULT, help="compiled or reference")
     parser.add_argument("--threads", type=int, default=1, help="threads of the one worker")
+    parser.add_argument("--parts", default=",".join(PARTS), help="of the measurements")
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Training, audits by rate, then a segment and a worker's units."""
-    with tempfile.TemporaryDirectory() as path:
-        folder = Path(path)
-        yield from rates(folder, arguments)
-        Noting.seconds = 0.0
-        spread = trained(folder, "spread", arguments, steps=2 * arguments.segment, stages=2, replicas=2)
-        share = 100 * Noting.seconds / sum(spread.wall)
-        goal = Goal(relation="<=", limit=DIGESTS)
-        yield Row(name="digests of units, 2 x 2 workers, of a step", value=share, unit="%", goal=goal)
-        for worker in ("", "s0r0", "s1r1"):
-            told = unit_audit(folder, "spread", worker, arguments)
-            label = f"the units of {worker} of 2 x 2 workers" if worker else "a segment"
-            yield Row(name=f"{label}: steps replayed", value=told["steps_replayed"], unit="steps")
-            yield Row(name=f"{label}: time", value=told["seconds"], unit="s")
-            yield Row(name=f"{label}: peak memory", value=told["peak_bytes"] / 1e6, unit="MB")
-            yield Row(name=f"{label}: fetched", value=told["fetched_bytes"] / 1e6, unit="MB")
+    """The parts that were asked for."""
+    for part in arguments.parts.split(","):
+        with tempfile.TemporaryDirectory() as path:
+            yield from PARTS[part](Path(path), arguments)
+
+
+def units(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
+    """Rows of digests in training, then of a segment and a worker's units."""
+    recipe = quickstart(arguments, 2 * arguments.segment)
+    trained(folder, "warm", recipe, arguments, stages=2, replicas=2)  # compiles
+    Noting.seconds = 0.0
+    spread = trained(folder, "spread", recipe, arguments, stages=2, replicas=2)
+    share = 100 * Noting.seconds / sum(spread.wall)
+    goal = Goal(relation="<=", limit=DIGESTS)
+    yield Row(name="digests of units, 2 x 2 workers, of a step", value=share, unit="%", goal=goal)
+    for worker in ("", "s0r0", "s1r1"):
+        told = unit_audit(folder, "spread", worker, arguments)
+        label = f"the units of {worker} of 2 x 2 workers" if worker else "a segment"
+        yield Row(name=f"{label}: steps replayed", value=told["steps_replayed"], unit="steps")
+        yield from _cost(label, told)
+
+
+def _cost(label: str, told: dict[str, Any], seconds: float = math.inf, megabytes: float = math.inf) -> Iterator[Row]:
+    """Rows of what an audit took, with goals where they are finite."""
+    for name, value, unit, limit in (
+        ("time", told["seconds"], "s", seconds),
+        ("peak memory", told["peak_bytes"] / 1e6, "MB", megabytes),
+        ("fetched", told["fetched_bytes"] / 1e6, "MB", math.inf),
+    ):
+        goal = Goal(relation="<=", limit=limit) if math.isfinite(limit) else None
+        yield Row(name=f"{label}: {name}", value=value, unit=unit, goal=goal)
+
+
+def pinpoint_quickstart(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
+    """Rows of a flipped bit in the quickstart, in its second segment's last step."""
+    step = 2 * arguments.segment - 1
+    fault = Fault(
+        kind="flip", step=step, worker="s0r0", place="micro-batch 0/block 1/forward", operator=39, element=100, bit=20
+    )
+    trained(folder, "quickstart", quickstart(arguments, step + 1), arguments, fault=fault)
+    yield from pinpointed(folder, "quickstart", fault, arguments, 1)
+
+
+def gpt2_small(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
+    """Rows of one unit of GPT-2 small, after the initial state and after a checkpoint, and of a flipped bit in one."""
+    trained(folder, "honest", small(), arguments)
+    for segment in (0, 1):
+        told = unit_audit(folder, "honest", "s0r0", arguments, segment)
+        yield from _cost(f"a unit of gpt2-small, segment {segment}", told, UNIT_SECONDS, UNIT_MEGABYTES)
+    fault = Fault(
+        kind="flip", step=1, worker="s0r0", place="micro-batch 0/block 5/forward", operator=39, element=5000, bit=20
+    )
+    trained(folder, "gpt2-small", small(), arguments, fault=fault)
+    yield from pinpointed(folder, "gpt2-small", fault, arguments, 1)
 
 
 def rates(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     """Rows of training and of audits at each rate."""
     steps = arguments.steps
-    runs = [
-        trained(folder, f"run{n}", arguments, steps=steps, stages=1, replicas=1) for n in range(arguments.repeats + 1)
-    ][1:]  # the first compiles
+    recipe = quickstart(arguments, steps)
+    trained(folder, "warm", recipe, arguments)  # compiles
+    runs = [trained(folder, f"run{n}", recipe, arguments) for n in range(arguments.repeats)]
     store = open_store(str(folder / "store"), create=False)
     size = sum(found.size for found in store.objects.list(""))
     yield Row(name=f"training, {steps} steps", value=median(sum(run.wall) for run in runs), unit="s")
     yield Row(name=f"the store of {arguments.repeats + 1} equal runs", value=size / 1e6, unit="MB")
     for rate in map(float, arguments.rates.split(",")):
         choices = [Choice(rate=rate, beacon=make_beacon(None, seed)) for seed in range(arguments.repeats)]
-        made = [audited(store, "run1", choice, arguments) for choice in choices]
+        made = [audited(store, "run0", choice, arguments) for choice in choices]
         share = made[0][0].replayed / steps
         for label, of in (("", "wall"), (" of the processor", "processor")):
             replays, trainings = ([getattr(clock, of) for clock in clocks] for clocks in ([c for _, c in made], runs))
@@ -205,6 +300,10 @@ def rates(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
         fetched = median(one.fetched or 0 for one, _ in made)
         yield Row(name=f"rate {rate:g}: fetched", value=fetched / 1e6, unit="MB")
         yield Row(name=f"rate {rate:g}: fetched / store", value=100 * fetched / size, unit="%")
+
+
+PARTS = {"rates": rates, "units": units, "quickstart": pinpoint_quickstart, "gpt2-small": gpt2_small}
+"""The measurements by name."""
 
 
 if __name__ == "__main__":

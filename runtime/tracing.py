@@ -145,6 +145,13 @@ class TracingExecutor:
         self._tracer.note(program, list(map(self.get, inputs)), list(map(self.get, outputs)), known=known)
 
 
+class _Found(Exception):
+    """The operator that was asked for has run: the others need not."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+
 class TracedWorker(StageWorker):
     """A worker that answers what it computed; mixed in before any other kind of worker (`traced`)."""
 
@@ -180,9 +187,16 @@ class TracedWorker(StageWorker):
             return captured.inputs[number]
         if captured.made is not None:
             return captured.made[number - first]
-        found: list[np.ndarray] = []
-        self._again(captured, lambda at, array: found.append(array.copy()) if at == number - first else None)
-        return found[0]
+
+        def observe(operator: int, array: np.ndarray) -> None:
+            if operator == number - first:
+                raise _Found(array)
+
+        try:
+            self._again(captured, observe)
+        except _Found as found:
+            return found.array.copy()
+        raise IndexError(f"value {number} of a call with {first + len(captured.program.ops)}")
 
     def _captured(self) -> Captured:
         if self.tracer.captured is None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ from storage.codec import encode
 from storage.errors import UsageError
 from storage.files import file_failure, write_whole
 from trueweight import reports, wiring
+from trueweight.auditing import peak_bytes
 from trueweight.console import console_for, print_json, say, teller
 from trueweight.investigation import injected, investigate
 from verification.audit import Diverged, Match, audit
@@ -57,7 +59,7 @@ def pinpoint_command(
     trueweight pinpoint quickstart
     trueweight pinpoint quickstart --segment 3 --evidence quickstart.evidence
     """
-    console, make = console_for(as_json), executors.named(executor)
+    console, make, started = console_for(as_json), executors.named(executor), perf_counter()
     tell = teller(console)
     objects = wiring.open_folder(store, create=False)
     history = History.open(objects, name)
@@ -76,12 +78,13 @@ def pinpoint_command(
         if not isinstance(found, Match):
             break
     if not isinstance(found, Diverged):
-        told = {"run": name, **reports.verdict_report(found or Match())}
+        told: dict[str, Any] = {"run": name, **reports.verdict_report(found or Match())}
         if as_json:
             print_json(told)
         else:
             say(console, f"verdict: {told['verdict']}" + (f": {told['reason']}" if "reason" in told else ""))
         return reports.VERDICTS[type(found or Match())][1]
+    machine.cache_clear()  # its memory goes to those that are asked
     finding, narrowing, traces = investigate(
         objects,
         history,
@@ -93,6 +96,7 @@ def pinpoint_command(
         observe=tell,
     )
     told = finding_report(finding)
+    told["seconds"], told["peak_bytes"] = seconds, peak = perf_counter() - started, peak_bytes()
     if evidence is not None:
         if narrowing is None or "receipt" not in narrowing.answers:
             tell(f"{evidence}: not written: {finding.reason}, so no worker's signature is under it")
@@ -103,6 +107,7 @@ def pinpoint_command(
         print_json(told)
     else:
         print_finding(lambda line: say(console, line), told)
+        say(console, f"cost: {seconds:.1f} s, at most {peak / 1e6:.0f} MB of memory")
     return 1
 
 
