@@ -116,6 +116,25 @@ class Inside:
     dims: Dims
 
 
+@dataclass(frozen=True)
+class Home:
+    """The place of a value in a concatenation: in which, its dimensions, where along the axis it begins."""
+
+    joined: int
+    dims: Dims
+    axis: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a stored value lies: in which buffer, where it begins, its stride along each axis."""
+
+    buffer: int
+    offset: int
+    strides: dict[Axis, int]
+
+
 class Fusion:
     """One pass over a graph. `views` has where each value that is in memory lies, in the end all that were needed."""
 
@@ -129,6 +148,9 @@ class Fusion:
         self._waiting: dict[int, Op] = dict(graph.ops)
         self._by_view: dict[tuple[Any, ...], tuple[Cluster, Dims]] = {}
         self._lazy: set[int] = set()
+        self._homes: dict[int, Home] = {}
+        self._joined: list[int] = []
+        """The concatenations whose parts the clusters of this stage make."""
         self._rank = {value: rank for rank, value in enumerate(graph.ops)}
 
     # ---------------------------------------------------------------------------------------------------- the stages
@@ -149,7 +171,7 @@ class Fusion:
 
     def _stage(self, number: int, waiting: dict[int, Op], later: set[int]) -> Stage:
         stage = Stage(singles=[], clusters=[])
-        self._inside, self._cluster, self._by_view = {}, {}, {}
+        self._inside, self._cluster, self._by_view, self._joined = {}, {}, {}, []
         for value in list(waiting):
             if value in waiting and value not in self._lazy:
                 self._try(value, waiting, number, stage)
@@ -181,6 +203,9 @@ class Fusion:
         elif op.name in ELEMENTWISE:
             if self._join(value, op, where, number):
                 return True
+        elif op.name == "concat":
+            if self._home(value, op, where):
+                return True
         elif op.name in REDUCTIONS and not isinstance(where[0], Literal) and self._reduce(value, op, where[0], number):
             return True
         if inside:
@@ -205,7 +230,8 @@ class Fusion:
         for value, inside in self._inside.items():
             if value in wanted or inside.source in wanted:
                 self.stored.add(inside.source)
-        layouts: dict[int, dict[Axis, int]] = {}
+        self.stored |= {source for source, home in self._homes.items() if home.joined in self._joined}
+        layouts: dict[int, Layout] = {}
         for cluster in clusters:
             for value, member in cluster.members.items():
                 if value in self.stored or member.kept is not None:
@@ -219,26 +245,45 @@ class Fusion:
                 if member.kept is not None:
                     dims = member.dims
                     self.views[value] = self._view(Inside(value, dims), member.op.type.shape, layouts[value])
+        for value in self._joined:
+            self.views[value] = contiguous(value, self.graph.types[value].shape)
         stage.clusters += [c for c in clusters if c.members]
 
-    def _layout(self, cluster: Cluster, value: int, member: Member) -> dict[Axis, int]:
-        """Strides of a stored value: in the order of its dimensions for an output, else in that of the loops."""
+    def _layout(self, cluster: Cluster, value: int, member: Member) -> Layout:
+        """In the order of its dimensions for an output or a part of one, else in that of the loops."""
+        if value in self._homes:
+            return self._part(self._homes[value])
         own = [a for dim in member.dims if dim for a in self.axes.leaves(dim)]
         order = own if value in self.graph.outputs else [a for a in cluster.space if a in own]
         strides, stride = {}, 1
         for axis in reversed(order):
             strides[axis] = stride
             stride *= self.axes.size(axis)
-        return strides
+        return Layout(value, 0, strides)
 
-    def _view(self, inside: Inside, shape: Sequence[int], strides: dict[Axis, int]) -> View:
+    def _part(self, home: Home) -> Layout:
+        """In the order of the concatenation's dimensions, each of which may be longer than the part's."""
+        strides: dict[Axis, int] = {}
+        stride, offset = 1, 0
+        shape = self.graph.types[home.joined].shape
+        for number, (dim, size) in reversed(list(enumerate(zip(home.dims, shape, strict=True)))):
+            inner = stride
+            for axis in reversed(self.axes.leaves(dim or ())):
+                strides[axis] = inner
+                inner *= self.axes.size(axis)
+            if number == home.axis:
+                offset = home.start * stride
+            stride *= size
+        return Layout(home.joined, offset, strides)
+
+    def _view(self, inside: Inside, shape: Sequence[int], layout: Layout) -> View:
         dims: list[tuple[Atom, ...]] = []
         for dim, size in zip(inside.dims, shape, strict=True):
             if dim is None:
                 dims.append(((size, 0),))
             else:
-                dims.append(tuple((self.axes.size(a), strides[a]) for a in self.axes.leaves(dim)))
-        return View(inside.source, 0, tuple(dims))
+                dims.append(tuple((self.axes.size(a), layout.strides[a]) for a in self.axes.leaves(dim)))
+        return View(layout.buffer, layout.offset, tuple(dims))
 
     def _order(self, cluster: Cluster) -> None:
         """Orders the axes as the largest arrays that are read lie in memory, inner loops last."""
@@ -291,6 +336,22 @@ class Fusion:
             return False
         self._inside[value] = Inside(where.source, dims)
         self._cluster[value] = self._cluster[where.source]
+        return True
+
+    def _home(self, value: int, op: Op, where: Sequence[Any]) -> bool:
+        """Has the parts of a concatenation stored in its array, if clusters of this stage make them all."""
+        homes: dict[int, Home] = {}
+        start, axis = 0, op.attributes["axis"]
+        for w, operand in zip(where, op.inputs, strict=True):
+            if not isinstance(w, Inside) or None in w.dims:
+                return False
+            taken = w.source in homes or w.source in self._homes or w.source in self.graph.outputs
+            if taken or self._cluster[w.source].members[w.source].kept is not None:
+                return False
+            homes[w.source] = Home(value, w.dims, axis, start)
+            start += self.graph.types[operand].shape[axis]
+        self._homes |= homes
+        self._joined.append(value)
         return True
 
     # -------------------------------------------------------------------------------------------------- elementwise

@@ -8,7 +8,8 @@ rest. What a matrix product needs of i64 arithmetic is then a cast of one i32 ar
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ ELEMENTWISE = frozenset((*ARITHMETIC, "eq", "lt", "le", "select", "rint", "float
 REDUCTIONS = frozenset(("sum", "max"))
 VIEWS = frozenset(("reshape", "transpose", "slice", "broadcast"))
 FAULTING = frozenset(("rint", "take", "scatter_add"))
+
+SINKING = ELEMENTWISE - FAULTING
+"""Elementwise operators that may act on the parts of a concatenation: a fault is told of the whole."""
 
 DIGIT_PRODUCT = 64 * 64
 
@@ -74,6 +78,7 @@ def make_graph(
     _prune(graph, known)
     _spread(graph)
     _fold(graph)
+    _sink(graph)
     _gather(graph)
     _prune(graph, known)
     return graph
@@ -112,6 +117,60 @@ def _fold(graph: Graph) -> None:
                     graph.literals[value] = known
     for value in list(graph.literals):
         graph.ops.pop(value, None)
+
+
+PARTS = 8
+"""Arrays in a concatenation, at most, for operators to act on them one by one."""
+
+
+def _sink(graph: Graph) -> None:
+    """Has elementwise operators act on the parts of a concatenation where that makes it no larger.
+
+    Random words are a concatenation of 8 bytes an element, and a mask of 1 byte is all that is made of them.
+    """
+    ops: dict[int, Op] = {}
+    users = graph.users()
+    joined: dict[int, Op] = {}
+    """The concatenation whose elements a value has, in its order."""
+    fresh = count(max(graph.types, default=0) + 1)
+
+    def add(op: Op) -> int:
+        number = next(fresh)
+        ops[number], graph.types[number] = op, op.type
+        return number
+
+    def literal(operand: int, shape: tuple[int, ...]) -> int:
+        number = next(fresh)
+        graph.literals[number] = graph.literals[operand]
+        graph.types[number] = Type(graph.types[operand].dtype, shape)
+        return number
+
+    def of_part(op: Op, part: int) -> int:
+        shape = graph.types[part].shape
+        inputs = tuple(literal(o, shape) if o in graph.literals else part for o in op.inputs)
+        return add(replace(op, inputs=inputs, type=Type(op.type.dtype, shape)))
+
+    for value, op in graph.ops.items():
+        ops[value] = op
+        sources = [o for o in op.inputs if o not in graph.literals]
+        if op.name == "concat" and len(sources) == len(op.inputs) <= PARTS:
+            joined[value] = op
+        if len(sources) != 1 or sources[0] not in joined or len(users[sources[0]]) > 1:
+            continue
+        whole, source = joined[sources[0]], graph.types[sources[0]]
+        if op.name == "reshape" or (op.name == "slice" and op.type == source):
+            joined[value] = whole
+        elif op.name in SINKING and _itemsize(op.type) <= _itemsize(source):
+            parts = tuple(of_part(op, part) for part in whole.inputs)
+            joined[value] = replace(whole, inputs=parts, type=Type(op.type.dtype, whole.type.shape))
+            shaped = replace(op, name="reshape", inputs=(add(joined[value]),), attributes={"shape": op.type.shape})
+            del ops[value]  # it comes after what it is made of
+            ops[value] = shaped
+    graph.ops = ops
+
+
+def _itemsize(kind: Type) -> int:
+    return NUMPY[kind.dtype].itemsize
 
 
 Range = tuple[int, int]

@@ -283,13 +283,15 @@ class _Body:
         loads = list(dict.fromkeys(o for m in self.members.values() for o in m.operands if isinstance(o, Load)))
         reads = list(dict.fromkeys(o.view.buffer for o in loads))
         scratch = [v for v in self.buffered if not self._reread(v)]
-        count = len(reads) + len(self.stores) + len(self.kept) + len(scratch)
+        writes = list(dict.fromkeys(self.fusion.views[v].buffer for v in self.stores))
+        count = len(reads) + len(writes) + len(self.kept) + len(scratch)
         f = self.f = Function("body", [I64, I64, *[POINTER] * count])
         pointers = list(f.arguments[2:])
         self.read = dict(zip(reads, pointers, strict=False))
         rest = pointers[len(reads) :]
-        self.target = dict(zip([*self.stores, *self.kept], rest, strict=False))
-        self.scratch = dict(zip(scratch, rest[len(self.target) :], strict=True))
+        targets = dict(zip([*writes, *self.kept], rest, strict=False))
+        self.target = {v: targets[self.fusion.views[v].buffer] for v in (*self.stores, *self.kept)}
+        self.scratch = dict(zip(scratch, rest[len(targets) :], strict=True))
         self.bad = f.builder.alloca(I32)
         f.builder.store(I32(0), self.bad)
         outer = [self.size(g) for g in range(self.outer)]
@@ -310,7 +312,7 @@ class _Body:
             rows=rows,
             work=math.prod(outer) * inner * max(1, len(self.members)),
             reads=tuple(reads),
-            writes=tuple(self.stores),
+            writes=tuple(writes),
             accumulators=tuple((v, self.members[v].op.name, self._kept_elements(v)) for v in self.kept),
             scratch=tuple(inner * NUMPY[self.members[v].op.type.dtype].itemsize for v in scratch),
             label=self._label(),
@@ -507,7 +509,8 @@ class _Body:
         return self._fetch(where(value, inner, MEMORY[dtype]), dtype)
 
     def _place(self, value: int, inner: Sequence[ir.Value], kind: ir.Type) -> ir.Value:
-        return self._address(self.target[value], 0, self.along(self._kept_strides(value)), inner, kind)
+        offset = self.fusion.views[value].offset
+        return self._address(self.target[value], offset, self.along(self._kept_strides(value)), inner, kind)
 
     def _scratch(self, value: int, inner: Sequence[ir.Value], kind: ir.Type) -> ir.Value:
         strides, step = [], 1

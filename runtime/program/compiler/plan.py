@@ -130,11 +130,8 @@ class _Planner:
                 made = kernel(self.fusion, cluster)
                 if made.writes or made.accumulators or any(m.op.name == "rint" for m in cluster.members.values()):
                     for value in (*made.writes, *(v for v, _, _ in made.accumulators)):
-                        self._own(value, cluster.members[value].op.type.dtype)
+                        self.buffers[value] = Buffer(self.graph.types[value].dtype, _span(self.fusion.views[value]))
                     steps.append(Loop(made, "loops"))
-
-    def _own(self, value: int, dtype: str) -> None:
-        self.buffers[value] = Buffer(dtype, _span(self.fusion.views[value]))
 
     def _single(self, single: Single, steps: list[Step]) -> None:
         self.buffers[single.value] = Buffer(single.op.type.dtype, single.op.type.elements)
@@ -310,8 +307,8 @@ def _place(steps: Sequence[Step], free: set[int], buffers: Mapping[int, Buffer])
     lives: dict[int, list[int]] = {}
     for place, step in enumerate(steps):
         if isinstance(step, Loop) or step.op.name in INTO:
-            lives |= {buffer: [place, place] for buffer in step.writes if buffer in free}
-        for buffer in step.reads:
+            lives |= {buffer: [place, place] for buffer in step.writes if buffer in free and buffer not in lives}
+        for buffer in (*step.reads, *step.writes):  # parts of one array may come from several kernels
             if buffer in lives:
                 lives[buffer][1] = place
     offsets: dict[int, int] = {}

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -20,11 +21,12 @@ from runtime.program.builder import Builder, Value
 from runtime.program.compiler.executor import CompiledExecutor
 from runtime.program.compiler.graph import ELEMENTWISE, REDUCTIONS, VIEWS, make_graph
 from runtime.program.compiler.loops import MEANING
-from runtime.program.compiler.plan import Loop, Plan, make_plan
+from runtime.program.compiler.plan import Buffer, Loop, Plan, make_plan
 from runtime.program.compiler.saving import saved_values, shared
 from runtime.program.executor import ArithmeticFault
-from runtime.program.operators import OPERATORS
+from runtime.program.operators import OPERATORS, OperatorError
 from runtime.program.program import Program
+from runtime.program.random import PURPOSE_DROPOUT, words
 from runtime.program.reference import ReferenceExecutor
 from runtime.program.training import KindSpec, TrainingProgram
 from runtime.program.vectors import check, floats, load
@@ -163,7 +165,8 @@ def check_pair(kind: KindSpec, inputs: list[np.ndarray]) -> None:
         executor.forget()
 
 
-STEPS = (
+Step = Callable[[Value, Value], Value]
+STEPS: tuple[Step, ...] = (
     lambda x, y: x + y,
     lambda x, y: x * y,
     lambda x, y: x / y,
@@ -186,18 +189,35 @@ STEPS = (
 )
 
 
+JOINS: tuple[Step, ...] = (
+    lambda x, y: x.builder.concat([x + 1.0, y * 2.0], 0),
+    lambda x, y: x.builder.concat([x - y, y, x * y], 1),
+    lambda x, y: x.builder.concat([x, functions.absolute(x), x], 0),
+    lambda x, y: x.builder.concat([v.reshape(v.type.elements, 1) for v in (x * y, x + y, x - y, x / 3.0)], 1),
+    lambda x, y: x.builder.select(x < 0.5, 1.0, 0.0),
+    lambda x, y: (x.bits() >> 3 << 2).float(),
+    lambda x, y: x.reshape(x.shape[1], x.shape[0]),
+    lambda x, y: x.reshape(2, x.type.elements // 2).transpose(1, 0),
+    lambda x, y: x * y + x,
+    lambda x, y: sums.row_sum(x, 1, keep=True),
+    lambda x, y: x.slice(0, 0, x.shape[0], 2),
+    lambda x, y: x.bits().cast("i64").float().scale(-9),
+)
+"""Concatenations of values that loops make, and what is made of them."""
+
+
 @st.composite
-def programs(draw: st.DrawFn) -> tuple[Program, list[np.ndarray]]:
+def programs(draw: st.DrawFn, steps: tuple[Step, ...] = STEPS) -> tuple[Program, list[np.ndarray]]:
     """A chain of elementwise operators, repeated rows and columns, sums and views over small odd shapes."""
     rows, cols = draw(st.sampled_from([(1, 1), (3, 5), (7, 1), (1, 9), (0, 4), (5, 17), (66, 70), (130, 4)]))
     b = Builder()
     shapes = {"full": (rows, cols), "row": (rows, 1), "column": (1, cols)}
     values: list[Value] = [b.input(name, "f32", *shape) for name, shape in shapes.items()]
-    for step in draw(st.lists(st.sampled_from(STEPS), min_size=1, max_size=7)):
+    for step in draw(st.lists(st.sampled_from(steps), min_size=1, max_size=7)):
         x, y = (draw(st.sampled_from(values)) for _ in range(2))
         try:
             values.append(step(x, y))
-        except ValueError:  # shapes that numpy would not broadcast either
+        except (ValueError, OperatorError):  # shapes that numpy would not broadcast either
             continue
     start = draw(st.integers(0, 20))
     sizes = [v.type.elements for v in values[:3]]
@@ -212,6 +232,13 @@ def test_random_programs(case: tuple[Program, list[np.ndarray]]) -> None:
     check_same(*case)
 
 
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(case=programs(JOINS))
+def test_random_concatenations(case: tuple[Program, list[np.ndarray]]) -> None:
+    check_same(*case)
+
+
 def loops(plan: Plan) -> list[Loop]:
     return [step for step in plan.main.steps if isinstance(step, Loop)]
 
@@ -221,6 +248,19 @@ def test_a_chain_is_one_loop_and_a_repeated_row_is_never_made() -> None:
     x, row = b.input("x", "f32", 4, 6), b.input("row", "f32", 4, 1)
     (loop,) = loops(plan_of(functions.exp(x * row + 0.5)))
     assert (loop.reads, len(loop.writes)) == ((0, 1), 1)
+
+
+def test_a_mask_of_random_words_is_bytes_that_one_loop_writes() -> None:
+    b = Builder()
+    rng, x = b.input("rng", "i64", 6), b.input("x", "f32", 32, 64)
+    mask = words(rng, 2048, purpose=PURPOSE_DROPOUT, operator=3) < 2**31
+    plan = plan_of(mask.reshape(32, 64), b.select(mask, 1.0, 0.0).reshape(32, 64) * x)
+    assert [type(step) for step in plan.main.steps] == [Loop, Loop]
+    first, second = loops(plan)
+    (made,) = first.writes
+    assert plan.buffers[made] == Buffer("bool", 2048)
+    assert made in second.reads
+    check_same(plan.graph.program, [np.array([11, 12, 3, 1, 2, 0]), floats(3, 2048).reshape(32, 64)])
 
 
 def test_a_norm_and_a_softmax_are_one_loop_each() -> None:
@@ -251,8 +291,18 @@ def test_what_depends_on_parameters_alone_is_done_before() -> None:
     assert {r for step in plan.before.steps for r in step.reads if r < 2} == {0}
 
 
-def test_no_two_living_buffers_share_memory() -> None:
-    program = gpt().kinds[1].backward
+def in_parts() -> Program:
+    """A concatenation whose parts two kernels make, and between them a third that is the last to read an array."""
+    b = Builder()
+    x, y, z = b.input("x", "f32", 4, 64), b.input("y", "i64", 3, 100), b.input("z", "f32", 5, 64)
+    first, between, last = x + 1.0, b.scatter_add(b.iota(3), y, 3) * 3, z * 2.0
+    joined = b.concat([first, last], 0)
+    return b.finish([between, sums.row_sum(joined, 1)])
+
+
+@pytest.mark.parametrize("which", ["a block's backward", "a concatenation in parts"])
+def test_no_two_living_buffers_share_memory(which: str) -> None:
+    program = in_parts() if which == "a concatenation in parts" else gpt().kinds[1].backward
     plan = make_plan(make_graph(program))
     for part in (plan.before, plan.main):
         alive: dict[int, range] = {}
