@@ -87,13 +87,13 @@ SHAPES = {
 Step = Callable[[int], None]
 
 
-def recipe_of(shape: Shape) -> Recipe:
+def recipe_of(shape: Shape, dropout: float = 0.0) -> Recipe:
     """The shape as a recipe: some two thousand tokens a step."""
     read = load_recipe(RECIPES / f"{shape.base}.toml")
     model: Any = read.model
     return replace(
         read,
-        model=replace(model, layers=shape.layers, width=shape.width, heads=shape.heads, dropout=0.0),
+        model=replace(model, layers=shape.layers, width=shape.width, heads=shape.heads, dropout=dropout),
         data=replace(read.data, context=shape.context),
         training=replace(
             read.training,
@@ -196,6 +196,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES), help="which models (default: all)")
     parser.add_argument("--threads", default="1,2", help="thread counts (default: 1,2)")
     parser.add_argument("--steps", type=int, default=5, help="measured steps after two that warm up")
+    parser.add_argument("--dropout", type=float, default=0.0, help="on all sides; the recipes have 0.1 (default: none)")
     parser.add_argument("--without-compile", action="store_true", help="leave torch.compile out: it takes minutes")
 
 
@@ -206,12 +207,13 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
         if name not in SHAPES:
             raise UsageError(f"--shapes {name}: expected some of {','.join(SHAPES)}; correct it")
     for name in names:
-        run = lowered(recipe_of(SHAPES[name]))
+        run = lowered(recipe_of(SHAPES[name], arguments.dropout))
         for threads in map(int, arguments.threads.split(",")):
-            yield from measure_one(name, run, threads, arguments)
+            label = f"{name}, dropout {arguments.dropout:g}" if arguments.dropout else name
+            yield from measure_one(label, SHAPES[name], run, threads, arguments)
 
 
-def measure_one(name: str, run: Lowered, threads: int, arguments: argparse.Namespace) -> Iterator[Row]:
+def measure_one(name: str, shape: Shape, run: Lowered, threads: int, arguments: argparse.Namespace) -> Iterator[Row]:
     """Rows of one model with one thread count."""
     torch.set_num_threads(threads)
     recipe, label = run.recipe, f"{name}, {threads} thread{'s'[: threads > 1]}"
@@ -244,7 +246,7 @@ def measure_one(name: str, run: Lowered, threads: int, arguments: argparse.Names
                 times[side].append(time.perf_counter() - started)
     for side, found in times.items():
         yield Row(name=f"{label}: step, {side}", value=statistics.median(found), unit="s")
-    goals = dict(SHAPES[name].goals)
+    goals = dict(shape.goals)
     for side, found in times.items():
         if side != "exact":
             ratios = [theirs / own for theirs, own in zip(found, times["exact"], strict=True)]
