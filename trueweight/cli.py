@@ -32,6 +32,7 @@ from trueweight import (
     reports,
     store_cli,
     wiring,
+    witness_cli,
 )
 from trueweight.audit_cli import integers
 from trueweight.console import console_for, print_json, say, teller, writer
@@ -52,6 +53,7 @@ app.add_typer(cluster_cli.app, name="cluster")
 placement_cli.register(app)
 app.command("audit")(audit_cli.audit_command)
 app.command("pinpoint")(pinpoint_cli.pinpoint_command)
+app.command("witness")(witness_cli.witness_command)
 app.add_typer(pinpoint_cli.evidence_app, name="evidence")
 app.command("diff")(lab_cli.diff_command)
 app.command("selfcheck")(lab_cli.selfcheck_command)

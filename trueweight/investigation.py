@@ -17,6 +17,7 @@ from storage.files import make_folder, write_whole
 from storage.identity import load_or_create
 from storage.store import Store
 from trueweight import wiring
+from verification.asking import AskedTraces
 from verification.audit import Diverged
 from verification.pinpoint import Finding, Narrowing, pinpoint, traces_at
 from verification.replay import Replay
@@ -34,12 +35,14 @@ def investigate(
     make: Make,
     threads: int = 1,
     keys: str | None = None,
+    witness_url: str = "",
     faults: Sequence[Fault] = (),
     observe: Callable[[str], None] = lambda _: None,
 ) -> tuple[Finding, Narrowing | None, ReplayedTraces | None]:
     """(the finding for what an audit found, what was asked, the replay's traces).
 
-    `keys` is the folder of the key of the workers' host, which this is; None to ask nobody.
+    `keys` is the folder of the key of the workers' host, which this is; None to ask nobody. At `witness_url`, if there
+    is one, their host answers.
     """
     program = TrainingProgram.decode(store.get(history.run.programs))
     feed: Feed = wiring.stored_job(store, history).feed
@@ -53,6 +56,8 @@ def investigate(
         return replays[0]
 
     def theirs(index: int, step: int, plan: Plan) -> TraceProvider | None:
+        if witness_url:
+            return AskedTraces(witness_url, run=history.run_digest, segment=index, step=step)
         if keys is None:
             return None
         return witness(store, history, index, step, plan, keys=keys, make=make, faults=faults, threads=threads)

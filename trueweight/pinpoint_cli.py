@@ -42,6 +42,10 @@ def pinpoint_command(
         str, typer.Option(metavar="DIR", help="The key of the workers' host, with which it signs its answers.")
     ] = wiring.KEYS,
     ask: Annotated[bool, typer.Option("--ask/--no-ask", help="Ask the workers, whose host this is, to repeat.")] = True,
+    witness: Annotated[
+        str,
+        typer.Option(metavar="ADDRESS", help="Ask elsewhere: what `trueweight witness` printed where they trained."),
+    ] = "",
     evidence: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the evidence to a file.")] = None,
     threads: Annotated[int, typer.Option(help="Threads; 0 is all.")] = 1,
     executor: Annotated[
@@ -58,6 +62,7 @@ def pinpoint_command(
     \b
     trueweight pinpoint quickstart
     trueweight pinpoint quickstart --segment 3 --evidence quickstart.evidence
+    trueweight pinpoint quickstart --witness http://trainer:8710/6yZk0vVdWw2c
     """
     console, make, started = console_for(as_json), executors.named(executor), perf_counter()
     tell = teller(console)
@@ -92,6 +97,7 @@ def pinpoint_command(
         make=make,
         threads=threads,
         keys=keys if ask else None,
+        witness_url=witness,
         faults=injected(objects, name),
         observe=tell,
     )
