@@ -103,7 +103,7 @@ def make_plan(
 def _spread(micro_batches: int, shares: Sequence[int]) -> tuple[int, ...]:
     """The replica of each micro-batch: always the one furthest below its share, the lowest where several are."""
     if len(set(shares)) == 1:
-        return tuple(number % len(shares) for number in range(micro_batches))
+        return (tuple(range(len(shares))) * -(-micro_batches // len(shares)))[:micro_batches]
     given = [0] * len(shares)
     units = []
     for done in range(1, micro_batches + 1):

@@ -430,12 +430,16 @@ def _move(crew: Crew, layout: Layout, members: Mapping[str, str]) -> None:
         for of in (crew.layout, layout)
     )
     at = {name: crew.plan.place(place)[0] for place, name in crew.members.items()} | crew.joined
+
+    @cache
+    def lacking(before: int | None, stage: int) -> list[tuple[str, int]]:
+        has = set() if before is None else set(kept[before])
+        return [tensor for tensor in needed[stage] if tensor not in has]
+
     fetches = []
     for place, name in members.items():
-        stage = layout.plan.place(place)[0]
-        has = set(kept[at[name]]) if name in at else set()
-        if lacking := [tensor for tensor in needed[stage] if tensor not in has]:
-            fetches.append(_Fetch(number=next(crew.fetches), worker=name, queue=lacking))
+        if queue := lacking(at.get(name), layout.plan.place(place)[0]):
+            fetches.append(_Fetch(number=next(crew.fetches), worker=name, queue=list(queue)))
     if not fetches:
         return
     if not crew.roots:

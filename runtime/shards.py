@@ -58,9 +58,13 @@ class Layout:
         """The same with other shares."""
         return self if shares == self.shares else replace(self, shares=shares)
 
+    @cached_property
+    def _sizes(self) -> tuple[int, ...]:
+        return tuple(map(math.prod, self.shapes))
+
     def size(self, tensor: int) -> int:
         """The number of elements of a tensor."""
-        return math.prod(self.shapes[tensor])
+        return self._sizes[tensor]
 
     def length(self, chunk: Chunk) -> int:
         """The number of elements of a chunk."""

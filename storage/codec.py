@@ -211,6 +211,8 @@ def _coder(hint: Any) -> _Coder:
     if origin is Annotated:
         return _fixed(args[1]) if args[0] is bytes else _integer(struct.Struct(args[1]))
     if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
+        if get_origin(args[0]) is Annotated and get_args(args[0])[0] is not bytes:
+            return _integers(struct.Struct(get_args(args[0])[1]))
         return _sequence(_coder(args[0]))
     if origin in (Union, types.UnionType) and len(args) == 2 and args[1] is type(None):
         return _optional(_coder(args[0]))
@@ -265,13 +267,35 @@ def _sequence(item: _Coder) -> _Coder:
             item.write(value, out)
 
     def read(source: _Source) -> tuple[Any, ...]:
-        count = _LENGTH.read(source)
-        room = (len(source.data) - source.at) // item.least
-        if count > room:  # before anything is allocated for it
-            raise ValueError(f"truncated at byte {source.at}: expected room for {count} items, got room for {room}")
-        return tuple([item.read(source) for _ in range(count)])
+        return tuple([item.read(source) for _ in range(_count(source, item.least))])
 
     return _Coder(4, write, read)
+
+
+def _integers(form: struct.Struct) -> _Coder:
+    """As `_sequence` of `_integer`, all of them at once: plans of large clusters have a hundred thousand."""
+    order, kind = form.format[0], form.format[1]
+
+    def write(values: tuple[int, ...], out: bytearray) -> None:
+        if not isinstance(values, tuple):
+            raise ValueError(f"expected a tuple, got {type(values).__name__}")
+        _LENGTH.write(len(values), out)
+        out += struct.pack(f"{order}{len(values)}{kind}", *values)
+
+    def read(source: _Source) -> tuple[int, ...]:
+        count = _count(source, form.size)
+        return struct.unpack(f"{order}{count}{kind}", source.take(count * form.size))
+
+    return _Coder(4, write, read)
+
+
+def _count(source: _Source, least: int) -> int:
+    """How many items of at least that size follow; ValueError where there is no room for them."""
+    count: int = _LENGTH.read(source)
+    room = (len(source.data) - source.at) // least
+    if count > room:  # before anything is allocated for it
+        raise ValueError(f"truncated at byte {source.at}: expected room for {count} items, got room for {room}")
+    return count
 
 
 def _read_flag(source: _Source) -> bool:
