@@ -307,7 +307,7 @@ def _without(error: WorkersLost, changes: Changes, work: Work | None) -> None:
         try:
             return changes.lost(error, work is not None and not work.done)
         except WorkersLost as further:
-            error = further
+            error = WorkersLost(further.lost)  # not with the frames of all that was tried, and their values
 
 
 def forward_backward(crew: Crew, step: int, batch: Batch, micro_batches: Sequence[int]) -> list[Handle]:
