@@ -35,7 +35,7 @@ from runtime.faults import Fault, faulty_builder
 from runtime.feed import Batch, Feed
 from runtime.groups import LocalGroup
 from runtime.plan import make_plan
-from runtime.recipe import Recipe, ScheduleConfig, load_recipe
+from runtime.recipe import Recipe, ScheduleConfig, TrainingConfig, load_recipe
 from runtime.segments import History
 from runtime.worker import StageWorker, worker_builder
 from storage.errors import FailureError
@@ -98,9 +98,8 @@ def quickstart(arguments: argparse.Namespace, steps: int) -> Recipe:
 def small() -> Recipe:
     """GPT-2 small for two steps of one micro-batch, two sequences of 1,024 tokens, each a segment."""
     recipe = load_recipe(RECIPES / "gpt2-small.toml")
-    training = replace(
-        recipe.training, steps=2, segment=1, batch=2, micro_batches=1, validate_every=0, validation_batches=0
-    )
+    unvalidated = {"validate_every": 0, "validation_batches": TrainingConfig.validation_batches}
+    training = replace(recipe.training, steps=2, segment=1, batch=2, micro_batches=1, **unvalidated)
     return replace(recipe, training=training, schedule=_warmed(recipe, 2))
 
 
