@@ -155,6 +155,7 @@ class _Found(Exception):
 class TracedWorker(StageWorker):
     """A worker that answers what it computed; mixed in before any other kind of worker (`traced`)."""
 
+    keeps = 0  # what is watched is made again in any case, and two such workers may share a machine
     tracer: Tracer
     inner: Executor
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -42,6 +42,8 @@ class StageWorker:
     Until `commit` a step changes nothing of it: `update` and `store` put the next state beside it, and gradient sums
     stay what they are. So a step in which another worker is lost can be finished with the workers that are left.
     """
+
+    keeps: ClassVar[int] = KEPT_MICRO_BATCHES
 
     def __init__(
         self, *, config: WorkerConfig, program: TrainingProgram, executor: Executor, identity: Identity | None = None
@@ -244,7 +246,7 @@ class StageWorker:
             kind, parameters = self._program.kind_of(block), self._parameters(block)
             arguments = [*parameters, handle, self._block_rng(step, micro_batch, block)]
             with at(f"step {step}/micro-batch {micro_batch}/block {block}/forward"):
-                if len(self._kept) > KEPT_MICRO_BATCHES:
+                if len(self._kept) > self.keeps:
                     made, saved = self._executor.run(kind.forward, arguments, stable=len(parameters)), None
                 else:
                     made, saved = self._executor.forward(kind.forward, kind.backward, arguments, stable=len(parameters))
