@@ -3,8 +3,8 @@
 One state for all: GPT-2's weights with AdamW's moments, float32, on one disk, from one process. A save ends when its
 bytes are on the disk (fsync); ours also hashes every leaf, compresses, and decompresses what it compressed. A load
 finds its files in the page cache, a cold one on the disk, and ends when every page of its result has been touched;
-ours hashes every byte again. DCP loads into memory that is there already, safetensors maps its file, the others make
-theirs. Sides take turns, in another order each round; values are medians over the rounds, ratios medians of the
+ours hashes every byte again. DCP and ours load into memory that is there already, safetensors maps its file, torch
+makes its own. Sides take turns, in another order each round; values are medians over the rounds, ratios medians of the
 rounds' ratios.
 """
 
@@ -135,10 +135,10 @@ class Side(ABC):
 
 
 class Ours(Side):
-    """A local store."""
+    """A local store. `room` is the state that it loads into."""
 
-    def __init__(self, name: str, *, compress: bool) -> None:
-        self.name, self._compress = name, compress
+    def __init__(self, name: str, room: State, *, compress: bool) -> None:
+        self.name, self._room, self._compress = name, room, compress
         self.root: bytes | None = None
 
     def save(self, folder: Path, state: State) -> None:
@@ -154,11 +154,13 @@ class Ours(Side):
 
     def load(self, folder: Path) -> dict[str, Array]:
         """See Side."""
-        return load_state(open_store(str(folder), create=False), self._last)
+        return load_state(open_store(str(folder), create=False), self._last, room=self._room)
 
     def load_one(self, folder: Path, name: str) -> dict[str, Array]:
         """One tensor of the state that was stored last."""
-        return open_checkpoint(open_store(str(folder), create=False), self._last).load(lambda found: found == name)
+        return open_checkpoint(open_store(str(folder), create=False), self._last).load(
+            lambda found: found == name, self._room
+        )
 
     @property
     def _last(self) -> bytes:
@@ -394,11 +396,11 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     state = make_state(scale)
     room = {name: np.full_like(array, np.nan) for name, array in state.items()}
     sides: list[Side | Disk] = [
-        Ours("ours", compress=True),
+        Ours("ours", room, compress=True),
         Distributed("DCP", room, threads=1),
         torch_save(),
         safetensors_file(),
-        Ours("ours, plain", compress=False),
+        Ours("ours, plain", room, compress=False),
         Distributed("DCP, 2 threads", room, threads=2),
         Disk(),
     ]

@@ -8,6 +8,7 @@ soon as they are complete. Every value is a function of the same bytes, so it is
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -110,6 +111,10 @@ class UnitReplay:
     def _program(self) -> TrainingProgram:
         return self.material.program
 
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return {spec.name: math.prod(spec.shape) for spec in self._program.tensors}
+
     def _forward(self, values: dict[int, Handle]) -> dict[int, dict[int, Handle]]:
         """What each block from the stage's first on takes, by block and micro-batch."""
         taken = {}
@@ -177,8 +182,7 @@ class UnitReplay:
 
     def _sum(self, name: str) -> ExactSum:
         if name not in self._sums:
-            spec = next(spec for spec in self._program.tensors if spec.name == name)
-            self._sums[name] = ExactSum.zeros(math.prod(spec.shape))
+            self._sums[name] = ExactSum.zeros(self._sizes[name])
         return self._sums[name]
 
     def _complete(self, block: int) -> None:
@@ -194,8 +198,7 @@ class UnitReplay:
         """A block's weights, in the place of those of the block before."""
         self.executor.forget()
         names = self._program.blocks[block].tensors
-        shapes = {spec.name: spec.shape for spec in self._program.tensors}
-        memory.require(12 * sum(math.prod(shapes[name]) for name in set(names)), f"block {block}")
+        memory.require(12 * sum(self._sizes[name] for name in set(names)), f"the weights and sums of block {block}")
         return [self.executor.put(array) for array in self.weights(names)]
 
     def _note(self, values: dict[int, Handle], name: str) -> None:

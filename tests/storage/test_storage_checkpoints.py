@@ -230,6 +230,21 @@ def test_loaded_arrays_are_the_callers_own(store: Store) -> None:
     assert before == {found.key: store.objects.read(found.key) for found in store.objects.list("")}
 
 
+def test_a_state_is_loaded_into_arrays_that_are_there(store: Store) -> None:
+    root = save_state(store, STATE)
+    room = {name: np.full_like(array, 7) for name, array in STATE.items() if name != "weight/big"}
+    loaded = load_state(store, root, room=room)
+    assert same(loaded, STATE)
+    assert {name for name, array in loaded.items() if array is room.get(name)} == set(room)
+    name = next(name for name, array in STATE.items() if array.ndim == 2 and min(array.shape) > 1)
+    right = np.zeros_like(STATE[name])
+    still = right.copy()
+    still.flags.writeable = False
+    for wrong in (right[:1], right.astype(np.float64), np.asfortranarray(right), right[::-1], still):
+        with pytest.raises(UsageError, match="give another array, or none"):
+            load_state(store, root, room={name: wrong})
+
+
 def test_saving_leaves_its_arguments_alone(store: Store) -> None:
     state = {name: array.copy() for name, array in STATE.items()}
     state["nan"] = np.array([0x7FC00001], np.uint32).view(np.float32)
