@@ -456,6 +456,7 @@ def test_settlement_on_a_node_of_somebody_with_a_restart_in_the_middle(case: Cas
     time.sleep(4)
     node.start()  # the command asked until then
     out, _ = waiting.communicate(timeout=200)
+    assert (waiting.returncode, bool(out)) == (0, True)
     told = json.loads(out)
     assert (told["status"], told["final"]) == ("closed", 2)
     assert History.open(open_store(case.store, create=False), "tiny").segments()[1].poststate
