@@ -100,7 +100,7 @@ class CompiledExecutor(ReferenceExecutor):
         self._check(program, inputs)
         key = (program.root, stable)
         if key not in self._ready:
-            self._ready[key] = self._prepare(plan_alone(program, stable, self.path))
+            self._ready[key] = self._prepare(plan_alone(program, stable))
         ready = self._ready[key]
         try:
             return self._outputs(ready, self._run(ready, inputs, stable))
@@ -113,7 +113,7 @@ class CompiledExecutor(ReferenceExecutor):
         """The outputs of `forward`, and the arrays that it keeps so that `backward` need not compute them again."""
         key = (forward.root, backward.root, stable)
         if key not in self._pairs:
-            made = plan_forward(forward, backward, stable, self.path)
+            made = plan_forward(forward, backward, stable)
             self._pairs[key] = _Pair(self._prepare(made.plan), made.handed)
         pair = self._pairs[key]
         self._check(forward, inputs)
@@ -139,7 +139,7 @@ class CompiledExecutor(ReferenceExecutor):
         if saved is None or pair is None:
             return super().backward(forward, backward, inputs, None, sums, stable=stable)
         if len(sums) not in pair.backward:
-            plan = plan_backward(forward, backward, stable, len(sums), self.path)
+            plan = plan_backward(forward, backward, stable, len(sums))
             pair.backward[len(sums)] = self._prepare(plan)
         ready = pair.backward[len(sums)]
         kept = len(backward.outputs) - len(sums)

@@ -121,6 +121,8 @@ def _fold(graph: Graph) -> None:
 
 PARTS = 8
 """Arrays in a concatenation, at most, for operators to act on them one by one."""
+SUNK = 512
+"""Operators on parts in a graph, at most: a mask takes four, and a Program that is anybody's could take eightfold."""
 
 
 def _sink(graph: Graph) -> None:
@@ -132,7 +134,7 @@ def _sink(graph: Graph) -> None:
     users = graph.users()
     joined: dict[int, Op] = {}
     """The concatenation whose elements a value has, in its order."""
-    fresh = count(max(graph.types, default=0) + 1)
+    fresh, sunk = count(max(graph.types, default=0) + 1), 0
 
     def add(op: Op) -> int:
         number = next(fresh)
@@ -160,7 +162,8 @@ def _sink(graph: Graph) -> None:
         whole, source = joined[sources[0]], graph.types[sources[0]]
         if op.name == "reshape" or (op.name == "slice" and op.type == source):
             joined[value] = whole
-        elif op.name in SINKING and _itemsize(op.type) <= _itemsize(source):
+        elif op.name in SINKING and _itemsize(op.type) <= _itemsize(source) and sunk + PARTS <= SUNK:
+            sunk += len(whole.inputs)
             parts = tuple(of_part(op, part) for part in whole.inputs)
             joined[value] = replace(whole, inputs=parts, type=Type(op.type.dtype, whole.type.shape))
             shaped = replace(op, name="reshape", inputs=(add(joined[value]),), attributes={"shape": op.type.shape})

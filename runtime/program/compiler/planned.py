@@ -31,16 +31,14 @@ class Handover:
 
 
 @lru_cache(REMEMBERED)
-def plan_alone(program: Program, stable: int, path: str) -> Plan:
-    """The plan of a Program whose first `stable` inputs are parameters; digits are multiplied by `path`."""
-    del path  # `make_plan` asks for it; here it keeps the plans of different ones apart
+def plan_alone(program: Program, stable: int) -> Plan:
+    """The plan of a Program whose first `stable` inputs are parameters."""
     return make_plan(make_graph(program), stable=stable)
 
 
 @lru_cache(REMEMBERED)
-def plan_forward(forward: Program, backward: Program, stable: int, path: str) -> Handover:
+def plan_forward(forward: Program, backward: Program, stable: int) -> Handover:
     """The plan of `forward` that keeps what `backward` would take long to compute again."""
-    del path
     common = shared(forward, backward)
     handed = saved_values(backward, common, stable)
     plan = make_plan(make_graph(forward, saved=[common[v] for v in handed]), stable=stable)
@@ -52,8 +50,8 @@ def plan_forward(forward: Program, backward: Program, stable: int, path: str) ->
 
 
 @lru_cache(REMEMBERED)
-def plan_backward(forward: Program, backward: Program, stable: int, sums: int, path: str) -> Plan:
+def plan_backward(forward: Program, backward: Program, stable: int, sums: int) -> Plan:
     """The plan of `backward` after the forward plan, whose last `sums` outputs are added to arrays."""
-    left = plan_forward(forward, backward, stable, path)
+    left = plan_forward(forward, backward, stable)
     graph = make_graph(backward, given=list(left.given), known=left.common, sums=sums)
     return make_plan(graph, stable=stable, given=left.given)

@@ -19,7 +19,7 @@ from runtime.program import functions, sums
 from runtime.program.build import build_training_program
 from runtime.program.builder import Builder, Value
 from runtime.program.compiler.executor import CompiledExecutor
-from runtime.program.compiler.graph import ELEMENTWISE, REDUCTIONS, VIEWS, make_graph
+from runtime.program.compiler.graph import ELEMENTWISE, REDUCTIONS, SUNK, VIEWS, make_graph
 from runtime.program.compiler.loops import MEANING
 from runtime.program.compiler.plan import Buffer, Loop, Plan, make_plan
 from runtime.program.compiler.saving import saved_values, shared
@@ -261,6 +261,16 @@ def test_a_mask_of_random_words_is_bytes_that_one_loop_writes() -> None:
     assert plan.buffers[made] == Buffer("bool", 2048)
     assert made in second.reads
     check_same(plan.graph.program, [np.array([11, 12, 3, 1, 2, 0]), floats(3, 2048).reshape(32, 64)])
+
+
+def test_a_long_chain_on_parts_does_not_multiply() -> None:
+    """A Program is anybody's, and planning takes longer than in proportion."""
+    b = Builder()
+    x = b.input("x", "f32", 16, 4)
+    v = b.concat([x * float(n + 2) for n in range(8)], 0)
+    for _ in range(2000):
+        v = v * 1.5
+    assert len(make_graph(b.finish([v])).ops) < 2000 + 2 * SUNK
 
 
 def test_a_norm_and_a_softmax_are_one_loop_each() -> None:
