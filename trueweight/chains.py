@@ -196,10 +196,12 @@ PR_SET_PDEATHSIG = 1
 """prctl(2)."""
 
 
-def _end_with_parent() -> None:
-    """In a child: SIGTERM when the thread that started it ends, even by SIGKILL. Linux alone knows how."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def _ending_with_parent() -> Callable[[], object] | None:
+    """What a child does to get SIGTERM when the thread that started it ends, even by SIGKILL; Linux alone knows how."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up before the fork
+    return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager
@@ -215,7 +217,7 @@ def anvil(state: Path) -> Iterator[str]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            preexec_fn=_end_with_parent,  # noqa: PLW1509 (no thread holds a lock that one system call takes)
+            preexec_fn=_ending_with_parent(),  # noqa: PLW1509 (a system call, which takes no lock of a thread)
         )
     try:
         until = time.monotonic() + 60

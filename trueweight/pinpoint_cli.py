@@ -66,6 +66,8 @@ def pinpoint_command(
     """
     console, make, started = console_for(as_json), executors.named(executor), perf_counter()
     tell = teller(console)
+    if witness and not ask:
+        raise UsageError("--no-ask asks nobody, --witness somebody: expected one of them; drop the other")
     objects = wiring.open_folder(store, create=False)
     history = History.open(objects, name)
     total = len(history.segments())

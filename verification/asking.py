@@ -8,6 +8,7 @@ can put words into a worker's mouth. Whoever does not answer in time, or not so 
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from http.client import HTTPException
 from typing import Any
 
 from storage.codec import U32, U64, Digest, decode, encode, record
@@ -63,13 +64,10 @@ def answer(question: Question, traces: TraceProvider) -> Reply:
 class AskedTraces:
     """A `TraceProvider` that asks the witness at `url` about a step of a run; UsageError for what is no address."""
 
-    def __init__(
-        self, url: str, *, run: bytes, segment: int, step: int, post: Callable[[str, bytes], bytes] | None = None
-    ) -> None:
+    def __init__(self, url: str, *, run: bytes, segment: int, step: int) -> None:
         if not url.startswith(("http://", "https://")):
             raise UsageError(f"--witness {url}: expected the address that `trueweight witness` printed; correct it")
         self._url, self._run, self._segment, self._step = url, run, segment, step
-        self._post = post or post_to
 
     def claims(self) -> Mapping[str, Receipt]:
         """See TraceProvider."""
@@ -91,7 +89,9 @@ class AskedTraces:
         """See TraceProvider."""
         items = self._ask("leaf", worker=worker, place=place, value=value, number=number).items
         if len(items) != 1:
-            raise FailureError(f"{self._url}: expected one leaf, got {len(items)}; its version may be another")
+            raise FailureError(
+                f"witness at {_host(self._url)}: expected one leaf, got {len(items)}; its version may be another"
+            )
         return items[0]
 
     def _signed(self, method: str, worker: str, place: str) -> Answer:
@@ -106,7 +106,7 @@ class AskedTraces:
             method=method,
             **{"worker": "", "place": "", "value": 0, "number": 0, **of},
         )
-        return decode(Reply, self._post(self._url, encode(question)))
+        return decode(Reply, post_to(self._url, encode(question)))
 
 
 def post_to(url: str, body: bytes, timeout: float = ASK_SECONDS) -> bytes:
@@ -118,7 +118,7 @@ def post_to(url: str, body: bytes, timeout: float = ASK_SECONDS) -> bytes:
     except urllib.error.HTTPError as error:
         told = error.read(4096).decode("utf-8", "replace").strip()
         raise FailureError(f"witness at {_host(url)}: {told or error.reason}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise FailureError(f"witness at {_host(url)}: {error}; start `trueweight witness` there") from error
     if len(found) > MOST_ANSWERED:
         raise FailureError(f"witness at {_host(url)}: expected at most {MOST_ANSWERED} bytes, got more")

@@ -164,6 +164,9 @@ def test_a_server_that_is_sent_nonsense_goes_on(store: Store, server: WitnessSer
 def test_bad_addresses_are_usage_errors(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="expected the address that `trueweight witness` printed"):
         AskedTraces("ftp://there", run=bytes(32), segment=0, step=0)
+    both = ["pinpoint", "tiny", "--store", str(folder / "store"), "--no-ask", "--witness", "http://there"]
+    assert cli.main(both) == UsageError.exit_code
+    assert "drop the other" in capsys.readouterr().err
     for options, told in (
         (("--listen", "nowhere"), "expected HOST:PORT"),
         (("--keys", str(folder)), "expected the key of this host's workers"),
