@@ -39,7 +39,7 @@ from runtime.plan import make_plan
 from runtime.recipe import Recipe, ScheduleConfig, TrainingConfig, load_recipe
 from runtime.segments import History
 from runtime.worker import StageWorker, worker_builder
-from storage.errors import FailureError
+from storage.errors import FailureError, UsageError
 from storage.files import make_folder, write_whole
 from storage.records import StepRecord
 from storage.store import Store, open_store
@@ -220,7 +220,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     """The parts that were asked for."""
-    for part in arguments.parts.split(","):
+    parts = arguments.parts.split(",")
+    for part in parts:
+        if part not in PARTS:
+            raise UsageError(f"--parts {part}: expected some of {','.join(PARTS)}; correct it")
+    for part in parts:
         with tempfile.TemporaryDirectory() as path:
             yield from PARTS[part](Path(path), arguments)
 

@@ -1,7 +1,7 @@
 """A product of two slices by this processor's path beside three calls of oneDNN's int8 product and one float32 product.
 
 Packing, quantisation and rescaling are left out on every side: rates of the multiplications alone, one thread, in 10^9
-operations a second; three digit products of 2 M K N operations each for the first two.
+operations a second; three digit products of 2 M K N operations each for the first two. Then a mask of random words.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from benchmarks.harness import Row, main
 from runtime.program import sums
 from runtime.program.builder import Builder
 from runtime.program.compiler.executor import CompiledExecutor
+from runtime.program.random import PURPOSE_DROPOUT, RNG_WORDS, words
 
 SHAPES = ((1, 1024, 768, 3072), (1, 512, 128, 384), (12, 512, 512, 64))
 """Batch, M, K, N: a feed-forward layer of GPT-2 small, of the quickstart, and attention weights times values."""
@@ -58,6 +59,23 @@ def measure(_arguments: argparse.Namespace) -> Iterator[Row]:
         yield Row(name=f"{label}: oneDNN int8, three calls", value=int8, unit="GOP/s")
         float32 = rate(operations, partial(timed, partial(torch.matmul, *floats)))
         yield Row(name=f"{label}: float32 BLAS", value=float32, unit="GFLOP/s")
+    yield from masks()
+
+
+def masks() -> Iterator[Row]:
+    """Dropout's mask of an attention of GPT-2 small beside torch's dropout of as many ones, which it multiplies too."""
+    count = 2 * 12 * 1024 * 1024
+    b = Builder()
+    drawn = words(b.input("rng", "i64", RNG_WORDS), count, purpose=PURPOSE_DROPOUT, operator=3)
+    program, executor = b.finish([drawn < round(0.9 * 2**32)]), CompiledExecutor(1)
+    rng, ones = executor.put(np.array([1, 0, 0, 0, 1, 0])), torch.ones(count)
+    sides: dict[str, Callable[[], object]] = {
+        "ours": lambda: executor.run(program, [rng]),
+        "torch's dropout": lambda: torch.nn.functional.dropout(ones, 0.1),
+    }
+    for side, act in sides.items():
+        seconds = statistics.median([timed(act) for _ in range(REPEATS + 1)][1:])
+        yield Row(name=f"a mask of {count:,} elements, {side}", value=seconds / count * 1e9, unit="ns an element")
 
 
 def product_seconds(

@@ -18,7 +18,7 @@ from runtime.integers import ExactSum, open_arrays, sum_exactly
 from runtime.places import StepFault, at
 from runtime.plan import Plan
 from runtime.program.executor import Executor
-from runtime.program.training import TrainingProgram
+from runtime.program.training import TrainingProgram, rng_input
 from runtime.program.types import NUMPY, Type
 from runtime.shards import GRADIENT, WEIGHT, Chunk, ChunkRoots, Shares, make_layout
 from storage import merkle
@@ -51,7 +51,7 @@ class StageWorker:
         self._program = program
         self._executor = executor
         self._identity = identity
-        self._key = (config.seed & 0xFFFFFFFF, config.seed >> 32)
+        self._seed = config.seed
         self._settle_at(config.worker, config.plan)
         self._index = {name: tensor for tensor, name in enumerate(self._layout.names)}
         held, homed = self._layout.holds(self._id), self._layout.homed(self._id)
@@ -99,7 +99,9 @@ class StageWorker:
         self._slots = {place: np.zeros(array.size, np.float32) for place, array in self._slots.items()}
         for chunk in self._layout.owned(self._id):
             length = self._layout.length(chunk)
-            rng = self._rng(step=0, micro_batch=0, place=chunk.tensor, offset=chunk.offset)
+            rng = self._executor.put(
+                rng_input(self._seed, step=0, micro_batch=0, place=chunk.tensor, offset=chunk.offset)
+            )
             with at(f"initial weights/{self._place(chunk)}"):
                 (weight,) = self._arrays(self._program.init_program(chunk.tensor, length), [rng])
             self._made(chunk, {WEIGHT: weight})
@@ -484,10 +486,7 @@ class StageWorker:
         return self._handles[tensor]
 
     def _block_rng(self, step: int, micro_batch: int, block: int) -> Any:
-        return self._rng(step=step, micro_batch=micro_batch, place=block, offset=0)
-
-    def _rng(self, *, step: int, micro_batch: int, place: int, offset: int) -> Any:
-        return self._executor.put(np.array([*self._key, step, micro_batch, place, offset], np.int64))
+        return self._executor.put(rng_input(self._seed, step=step, micro_batch=micro_batch, place=block))
 
 
 def _require(what: str, array: Any, expected: Type) -> None:

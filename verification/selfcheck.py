@@ -24,7 +24,7 @@ from runtime.feed import Batch, Feed
 from runtime.program import vectors
 from runtime.program.executor import ArithmeticFault, Executor
 from runtime.program.program import Program
-from runtime.program.training import TrainingProgram, chunk_lengths
+from runtime.program.training import TrainingProgram, chunk_lengths, rng_input
 from storage import merkle
 from storage.errors import FailureError
 from verification.compare import first_element
@@ -176,8 +176,7 @@ class RunPrograms:
             yield from _one(f"update {spec.name}", update, weight, *slots, total, square, exponent, step)
 
     def _rng(self, pattern: int, place: int, offset: int) -> np.ndarray:
-        seed = self._seed + pattern
-        return np.array([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, pattern, 0, place, offset], np.int64)
+        return rng_input(self._seed + pattern, step=pattern, micro_batch=0, place=place, offset=offset)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _programs, (self._program.encode(), self._seed, self._batches, self._steps)

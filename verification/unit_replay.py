@@ -17,7 +17,7 @@ from runtime.feed import Batch
 from runtime.integers import ExactSum, open_arrays
 from runtime.places import at
 from runtime.program.executor import Executor, Handle
-from runtime.program.training import TrainingProgram, chunk_lengths
+from runtime.program.training import TrainingProgram, chunk_lengths, rng_input
 from runtime.shards import GRADIENT, WEIGHT
 from storage import merkle
 from storage.checkpoints import Checkpoint
@@ -62,7 +62,7 @@ def initial_weights(executor: Executor, program: TrainingProgram, seed: int) -> 
         made = np.empty(math.prod(spec.shape), np.float32)
         start = 0
         for part, length in enumerate(chunk_lengths(made.size)):
-            rng = executor.put(_rng(seed, step=0, micro_batch=0, place=tensor, offset=start))
+            rng = executor.put(rng_input(seed, step=0, micro_batch=0, place=tensor, offset=start))
             with at(f"initial weights/{spec.name}/{part}"):
                 (chunk,) = executor.run(program.init_program(tensor, length), [rng])
             made[start : start + length] = executor.get(chunk)
@@ -210,8 +210,4 @@ class UnitReplay:
 
     def _block_rng(self, micro_batch: int, block: int) -> Handle:
         seed = self.material.feed.recipe.seed
-        return self.executor.put(_rng(seed, step=self.step, micro_batch=micro_batch, place=block, offset=0))
-
-
-def _rng(seed: int, *, step: int, micro_batch: int, place: int, offset: int) -> np.ndarray:
-    return np.array([seed & 0xFFFFFFFF, seed >> 32, step, micro_batch, place, offset], np.int64)
+        return self.executor.put(rng_input(seed, step=self.step, micro_batch=micro_batch, place=block))

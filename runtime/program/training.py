@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
+import numpy as np
+
 from runtime.program.program import Program, decode_program, encode_program
 from runtime.program.types import MAX_AXES
 from storage import merkle
@@ -115,6 +117,11 @@ class KindSpec:
         bounds = [2 ** op.attributes["bound"] - 1 if op is not None and op.name == "rint" else None for op in made]
         parameters = len(program.inputs) - 3  # the others are x, rng and dy
         return tuple(bounds[len(bounds) - parameters :])
+
+
+def rng_input(seed: int, *, step: int, micro_batch: int, place: int, offset: int = 0) -> np.ndarray:
+    """The `rng` input of a Program, i64[6] (`random.py`): `place` is a block or tensor, `offset` an element."""
+    return np.array([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, step, micro_batch, place, offset], np.int64)
 
 
 def chunk_lengths(elements: int) -> Iterator[int]:
