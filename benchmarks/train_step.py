@@ -197,7 +197,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", default="1,2", help="thread counts (default: 1,2)")
     parser.add_argument("--steps", type=int, default=5, help="measured steps after two that warm up")
     parser.add_argument("--dropout", type=float, default=0.0, help="on all sides; the recipes have 0.1 (default: none)")
-    parser.add_argument("--without-compile", action="store_true", help="leave torch.compile out: it takes minutes")
+    parser.add_argument("--without", default="", help="leave out compile, bfloat16 or both: they take minutes")
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[Row]:
@@ -230,8 +230,10 @@ def measure_one(name: str, shape: Shape, run: Lowered, threads: int, arguments: 
     def make(*, compiled: bool = False, half: bool = False) -> Step:
         return peer(recipe, chain_of(recipe, run.dataset), start, run, compiled=compiled, half=half)
 
-    sides: dict[str, Step] = {"exact": ours, "eager float32": make(), "eager bfloat16": make(half=True)}
-    if not arguments.without_compile:
+    sides: dict[str, Step] = {"exact": ours, "eager float32": make()}
+    if "bfloat16" not in arguments.without:
+        sides["eager bfloat16"] = make(half=True)
+    if "compile" not in arguments.without:
         sides["torch.compile float32"] = make(compiled=True)
     times: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(arguments.steps + 2):

@@ -46,7 +46,7 @@ def torch_threads(threads: int) -> int:
     """
     from runtime.program.compiler import products
 
-    return 1 if products.chosen() == products.VNNI else threads
+    return threads if products.chosen() in products.PATHS else 1
 
 
 class Announced:

@@ -146,11 +146,19 @@ def processor() -> tuple[str, str]:
     return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
 
 
+LEVELS = {"x86-64-v3": ("avx2",), "x86-64-v4": ("avx2", "avx512bw")}
+"""What kernels ask of the processors that stand for a level of instruction sets."""
+
+
 @cache
 def features() -> frozenset[str]:
-    """The instruction sets that code may use, by LLVM's names. An explicit processor name promises none here."""
-    _, text = processor()
-    return frozenset(part[1:] for part in text.split(",") if part.startswith("+"))
+    """The instruction sets that code may use, by LLVM's names.
+
+    An explicit processor name promises those of its level, if it is one, and of NUMBA_CPU_FEATURES.
+    """
+    name, text = processor()
+    basic = ("sse2",) if llvm.get_default_triple().startswith("x86_64") else ()
+    return frozenset((*basic, *LEVELS.get(name, ()), *(part[1:] for part in text.split(",") if part.startswith("+"))))
 
 
 @cache

@@ -28,7 +28,7 @@ def test_an_unknown_shape_is_refused(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.slow
 def test_every_side_takes_steps_and_the_breakdown_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_step, "SHAPES", {"tiny": TINY})
-    given = argparse.Namespace(shapes="tiny", threads="1", steps=2, without_compile=True, dropout=0.1)
+    given = argparse.Namespace(shapes="tiny", threads="1", steps=2, without="compile", dropout=0.1)
     rows = {row.name.removeprefix("tiny, dropout 0.1, 1 thread: "): row for row in measure(given)}
     for side in ("exact", "eager float32", "eager bfloat16"):
         assert rows[f"step, {side}"].value > 0

@@ -7,17 +7,20 @@ and packed once a step of the training. Buffers that end with a run share one ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from runtime.program.compiler import products, vnni
+from runtime.program.compiler import pairs, products, vnni
 from runtime.program.compiler.axes import View, contiguous, join
 from runtime.program.compiler.fusion import Fusion, Literal, Single, Stage
 from runtime.program.compiler.graph import Graph
 from runtime.program.compiler.loops import Kernel, kernel
+from runtime.program.compiler.matrices import Atoms, fits
 from runtime.program.program import Op
 from runtime.program.types import NUMPY, Type
 
+Strides = Sequence[Sequence[int]]
+"""Of matrices, along both axes."""
 ALIGNED = 64
 INTO = ("scatter_add",)
 """Operators on whole arrays that can be told where to put their result."""
@@ -106,8 +109,9 @@ class _Planner:
         self.graph = graph
         self.fusion = Fusion(graph, dict(inputs))
         self.buffers = {v.buffer: Buffer(graph.types[n].dtype, _span(v)) for n, v in inputs.items()}
-        self.packs: dict[tuple[View, bool], int] = {}
+        self.packs: dict[Hashable, int] = {}
         self.lefts: dict[View, tuple[int, int, vnni.Rows]] = {}
+        self.words: dict[tuple[View, ...], tuple[int, int]] = {}
         self.next = max(graph.types, default=0) + 1
         self.early: set[int] = set()
         self.before: list[Step] = []
@@ -135,8 +139,7 @@ class _Planner:
 
     def _single(self, single: Single, steps: list[Step]) -> None:
         self.buffers[single.value] = Buffer(single.op.type.dtype, single.op.type.elements)
-        vnni_product = single.op.name == "product" and products.chosen() == products.VNNI
-        if vnni_product and 0 not in single.op.type.shape and self._product(single, steps):
+        if single.op.name == "product" and self._product(single, steps):
             return
         operands = tuple(
             o if isinstance(o, View) else (o, self.graph.types[v])
@@ -144,37 +147,79 @@ class _Planner:
         )
         steps.append(Whole(single.op, operands, single.value))
 
-    # ---------------------------------------------------------------------------------------------------- VNNI products
+    # --------------------------------------------------------------------------------------------------------- products
 
     def _product(self, single: Single, steps: list[Step]) -> bool:
-        """Packs the operands and multiplies; False where a matrix does not lie at even distances or K is 0."""
-        count, terms = single.op.attributes["lefts"], single.op.attributes["terms"]
+        """Packs the operands and multiplies by a kernel of ours; False where it does not take them."""
+        make = {products.VNNI: self._vnni, products.PAIRS: self._pairs}.get(products.chosen())
         views = [o for o in single.operands if isinstance(o, View)]
-        *leading, m, n = single.op.type.shape
-        k, batch = views[0].shape[-1], math.prod(leading)
-        if len(views) != len(single.operands) or k == 0:
+        if make is None or 0 in single.op.type.shape or len(views) != len(single.operands) or not views[0].shape[-1]:
             return False
-        matrices = [View(v.buffer, v.offset, v.dims[-2:]).strided() for v in views]
-        if any(s is None for s in matrices) or not all(vnni.fits(_batch(v)) for v in views):
-            return False
-        along = [s[1] for s in matrices if s is not None]
-        lefts = [self._left(v, s, (batch, k, m), steps) for v, s in zip(views[:count], along[:count], strict=True)]
-        rights = [self._pack(v, s, (k, n), True, steps) for v, s in zip(views[count:], along[count:], strict=True)]
+        found = [View(v.buffer, v.offset, v.dims[-2:]).strided() for v in views]
+        strides = [s[1] for s in found if s is not None]
+        if len(strides) != len(views) or not all(fits(_batch(v)) for v in views):
+            return False  # a matrix does not lie at even distances
+        made = make(single.op, views, strides, steps)
+        if made is not None:
+            steps.append(Loop(replace(made, writes=(single.value,), label=single.op.label), "products"))
+        return made is not None
+
+    def _pairs(self, op: Op, views: Sequence[View], strides: Strides, steps: list[Step]) -> Kernel | None:
+        """The product of 16-bit pairs; None where combinations of digits do not fit them."""
+        count, (*leading, m, n), k = op.attributes["lefts"], op.type.shape, views[0].shape[-1]
+        batch, chosen = math.prod(leading), pairs.combinations(count, op.attributes["terms"])
+        if chosen is None:
+            return None
+        lefts, rights = tuple(views[:count]), tuple(views[count:])
+        if lefts not in self.words:
+            across = [(s[1], s[0]) for s in strides[:count]]
+            made = self._new("i32", batch * m * pairs.row_words(k, count)), self._new("i32", batch * m * 2)
+            text = pairs.pack_left(along=_along(across, "m"), digits=count)
+            size = (batch * -(-m // pairs.BLOCK), batch * m * k)
+            self._pack_words(text, size, lefts, made, pairs.pack_sizes(k=k, n=m, sources=_lie(lefts, across)), steps)
+            self.words[lefts] = made
+        if (rights, chosen) not in self.packs:
+            panels = batch * pairs.panels(n)
+            right = self._new("i32", panels * pairs.words(k, count) * pairs.panel_columns())
+            text = pairs.pack_right(along=_along(strides[count:], "n"), given=len(rights), chosen=chosen)
+            sizes = pairs.pack_sizes(k=k, n=n, sources=_lie(rights, strides[count:]))
+            self._pack_words(text, (panels, batch * k * n), rights, (right,), sizes, steps)
+            self.packs[rights, chosen] = right
+        return _plain(
+            "product",
+            pairs.product(),
+            (batch * pairs.tiles(m), batch * m * n * k),
+            (*self.words[lefts], self.packs[rights, chosen]),
+            constants=pairs.product_sizes(m=m, n=n, k=k, digits=count),
+        )
+
+    def _pack_words(
+        self,
+        text: str,
+        size: tuple[int, int],
+        views: Sequence[View],
+        made: tuple[int, ...],
+        sizes: tuple[int, ...],
+        steps: list[Step],
+    ) -> None:
+        early = all(v.buffer in self.early for v in views)
+        packed = _plain("pack", text, size, tuple(v.buffer for v in views), made, sizes)
+        (self.before if early else steps).append(Loop(packed, "packing"))
+
+    def _vnni(self, op: Op, views: Sequence[View], strides: Strides, steps: list[Step]) -> Kernel:
+        count, (*leading, m, n), k = op.attributes["lefts"], op.type.shape, views[0].shape[-1]
+        batch = math.prod(leading)
+        lefts = [self._left(v, s, (batch, k, m), steps) for v, s in zip(views[:count], strides[:count], strict=True)]
+        rights = [self._pack(v, s, (k, n), True, steps) for v, s in zip(views[count:], strides[count:], strict=True)]
         rows = [left[2] for left in lefts]
-        made = Kernel(
-            name="product",
-            text=vnni.product(lefts=tuple(r.direct for r in rows), rights=len(rights), levels=_levels(terms)),
-            rows=batch * vnni.tiles(m),
-            work=batch * m * n * k,
-            reads=(*(left[0] for left in lefts), *(left[1] for left in lefts), *rights),
-            writes=(single.value,),
-            accumulators=(),
-            scratch=(),
-            label=single.op.label,
+        levels = _levels(op.attributes["terms"])
+        return _plain(
+            "product",
+            vnni.product(lefts=tuple(r.direct for r in rows), rights=len(rights), levels=levels),
+            (batch * vnni.tiles(m), batch * m * n * k),
+            (*(left[0] for left in lefts), *(left[1] for left in lefts), *rights),
             constants=vnni.product_sizes(m=m, n=n, k=k, lefts=rows),
         )
-        steps.append(Loop(made, "products"))
-        return True
 
     def _left(
         self, view: View, strides: Sequence[int], sizes: tuple[int, int, int], steps: list[Step]
@@ -191,7 +236,8 @@ class _Planner:
         ranges = self._new("i32", batch * 3 * vnni.padded(m))
         numbers = vnni.scan_sizes(m=m, k=k, rows=rows)
         text = vnni.scan(direct=rows.direct)
-        self._add("scan", text, (batch, batch * m * k), buffer, ranges, numbers, self._when(view, steps))
+        made = _plain("scan", text, (batch, batch * m * k), (buffer,), (ranges,), numbers)
+        self._when(view, steps).append(Loop(made, "packing"))
         self.lefts[view] = (buffer, ranges, rows)
         return self.lefts[view]
 
@@ -203,45 +249,55 @@ class _Planner:
             along = (strides[0], strides[1]) if right else (strides[1], strides[0])
             count = math.prod(size for size, _ in batch)
             made = self._new("i8", count * vnni.padded(n) * -(-k // 4) * 4)
-            text = vnni.pack(along={along[1]: "n", along[0]: "k"}.get(1, ""), right=right)
+            text = vnni.pack(along=_along([along], "n"), right=right)
             numbers = vnni.pack_sizes(k=k, n=n, offset=view.offset, batch=batch, strides=along)
-            size = (count * vnni.padded(n) // vnni.PANEL, count * k * n)
-            self._add("pack", text, size, view.buffer, made, numbers, self._when(view, steps))
+            size = (count * vnni.padded(n) // vnni.panel_columns(), count * k * n)
+            packed = _plain("pack", text, size, (view.buffer,), (made,), numbers)
+            self._when(view, steps).append(Loop(packed, "packing"))
             self.packs[view, right] = made
         return self.packs[view, right]
 
     def _when(self, view: View, steps: list[Step]) -> list[Step]:
         return self.before if view.buffer in self.early else steps
 
-    def _add(
-        self,
-        name: str,
-        text: str,
-        size: tuple[int, int],
-        source: int,
-        target: int,
-        numbers: tuple[int, ...],
-        steps: list[Step],
-    ) -> None:
-        """A step that prepares an operand, of so many rows and so much work."""
-        made = Kernel(
-            name=name,
-            text=text,
-            rows=size[0],
-            work=size[1],
-            reads=(source,),
-            writes=(target,),
-            accumulators=(),
-            scratch=(),
-            label="",
-            constants=numbers,
-        )
-        steps.append(Loop(made, "packing"))
-
     def _new(self, dtype: str, elements: int) -> int:
         self.next += 1
         self.buffers[self.next] = Buffer(dtype, elements)
         return self.next
+
+
+def _plain(
+    name: str,
+    text: str,
+    size: tuple[int, int],
+    reads: tuple[int, ...],
+    writes: tuple[int, ...] = (),
+    constants: tuple[int, ...] = (),
+) -> Kernel:
+    """A kernel of so many rows and so much work, without accumulators and scratch."""
+    rows, work = size
+    return Kernel(
+        name=name,
+        text=text,
+        rows=rows,
+        work=work,
+        reads=reads,
+        writes=writes,
+        accumulators=(),
+        scratch=(),
+        label="",
+        constants=constants,
+    )
+
+
+def _along(strides: Strides, other: str) -> str:
+    """The axis along which all of some (stride along K, stride along the other axis) are 1: "k", `other` or none."""
+    return next((axis for place, axis in ((1, other), (0, "k")) if all(s[place] == 1 for s in strides)), "")
+
+
+def _lie(views: Sequence[View], strides: Strides) -> list[tuple[int, Atoms, tuple[int, int]]]:
+    """Where operands lie, as `pairs.pack_sizes` takes it."""
+    return [(v.offset, _batch(v), (s[0], s[1])) for v, s in zip(views, strides, strict=True)]
 
 
 def _levels(terms: Sequence[tuple[int, int, int]]) -> vnni.Levels:
@@ -253,7 +309,7 @@ def _levels(terms: Sequence[tuple[int, int, int]]) -> vnni.Levels:
     )
 
 
-def _batch(view: View) -> vnni.Atoms:
+def _batch(view: View) -> Atoms:
     """Sizes and strides of the axes before the matrices."""
     return tuple(join([atom for dim in view.dims[:-2] for atom in dim if atom[0] > 1]))
 

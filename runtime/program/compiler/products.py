@@ -1,7 +1,8 @@
-"""Integer products by the fastest exact path on this processor: our AVX-512 VNNI kernel, oneDNN, or float32 BLAS.
+"""Integer products by the fastest exact path on this processor: a kernel of ours, oneDNN, or float32 BLAS.
 
 All give the same integers: digits are within +-64, where oneDNN's int8 products are exact on every path and float32
-products are up to 4096 terms. Which one runs is measured once a process and says nothing about the result.
+products are up to 4096 terms. On x86 there is always a kernel of ours (`vnni`, `pairs`); elsewhere which one runs is
+measured once a process. It says nothing about the result.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from functools import cache
 
 import torch
 
+from runtime.program.compiler import pairs, vnni
 from runtime.program.reference import MEANING
-from storage.native import features
 
 Tensor = torch.Tensor
 Path = Callable[[Tensor, Tensor], Tensor]
 
-VNNI = "AVX-512 VNNI kernel"
+VNNI, PAIRS = "VNNI kernel", "16-bit pairs kernel"
 PROBE = (256, 512, 256)
 
 
@@ -60,7 +61,9 @@ def rates() -> Mapping[str, float]:
 @cache
 def chosen() -> str:
     """The name of the path that products take here."""
-    return VNNI if "avx512vnni" in features() else fallback()
+    if vnni.lanes():
+        return VNNI
+    return PAIRS if pairs.lanes() else fallback()
 
 
 def fallback() -> str:

@@ -1,6 +1,6 @@
-"""Digit products in AVX-512 VNNI: packing, and a kernel whose accumulators take all digits of a product in turn.
+"""Digit products in VNNI: packing, and a kernel whose accumulators take all digits of a product in turn.
 
-B is packed into panels of 64 columns, `[panel][K / 4][64][4]`: four neighbours along K to a 32-bit lane, zeros to the
+B is packed into panels of columns, `[panel][K / 4][columns][4]`: four neighbours along K to a 32-bit lane, zeros to the
 end. A's rows are read where they are if they lie along K, else packed likewise. `vpdpbusd` multiplies unsigned by
 signed bytes, so B's digits are packed with 128 added and 128 times the sum of A's row is taken off at the start; all is
 modulo 2^32, where the true sum lies.
@@ -19,54 +19,51 @@ from functools import cache
 
 from llvmlite import ir
 
-from storage.native import I8, I32, I64, POINTER, Function, entry
+from runtime.program.compiler.matrices import (
+    Atoms,
+    batch_sizes,
+    highest,
+    lowest,
+    matrix,
+    read_sizes,
+    splat,
+    store_row,
+    zeros,
+)
+from storage.native import I8, I32, I64, POINTER, Function, entry, features
 
-PANEL = 64
 TILES = (6, 2, 1)
 """Rows of A that a tile takes: as many as accumulators allow, then what is left."""
-LANES = 16
-VECTORS = PANEL // LANES
-GROUP = 4 * PANEL
-"""Bytes of a panel for one group of four along K."""
-V32 = ir.VectorType(I32, LANES)
-V8 = ir.VectorType(I8, 4 * LANES)
-DOT = "llvm.x86.avx512.vpdpbusd.512"
-ZERO = ir.Constant(V32, [0] * LANES)
-
-Atoms = tuple[tuple[int, int], ...]
-"""Sizes and strides of the axes of a batch."""
 Levels = tuple[tuple[tuple[tuple[int, int], ...], int], ...]
 """(pairs (i, j) of digits to multiply and add, how far to shift the total then), in order."""
 
 
+def lanes() -> int:
+    """i32 lanes of this processor's vectors; 0 where it has no VNNI."""
+    return next((n for n, name in ((16, "avx512vnni"), (8, "avxvnni")) if name in features()), 0)
+
+
+def panel_columns() -> int:
+    """Columns of B in a panel: what thirty-two registers allow, or sixteen."""
+    return lanes() * (4 if lanes() == 16 else 2)
+
+
+def group_bytes() -> int:
+    """Bytes of a panel for one group of four along K."""
+    return 4 * panel_columns()
+
+
 def padded(n: int) -> int:
     """n rounded up to whole panels."""
-    return -(-n // PANEL) * PANEL
+    return -(-n // panel_columns()) * panel_columns()
 
 
-def _batch(batch: Atoms) -> tuple[int, ...]:
-    """Four numbers: sizes and strides of two axes. More axes of a batch would need more."""
-    joined = [a for a in batch if a[0] > 1][:2]
-    first, second = [(1, 0)] * (2 - len(joined)) + joined
-    return (*first, *second)
-
-
-def fits(batch: Atoms) -> bool:
-    """Whether a batch has no more axes than the kernels take."""
-    return sum(size > 1 for size, _ in batch) <= 2
-
-
-def _matrix(f: Function, base: ir.Value, number: ir.Value, sizes: Sequence[ir.Value], offset: ir.Value) -> ir.Value:
-    """Where matrix `number` of a batch begins; `sizes` as `_batch` gives them."""
-    b = f.builder
-    _, stride1, size2, stride2 = sizes
-    outer = b.mul(b.sdiv(number, size2), stride1)
-    place = b.add(offset, b.add(outer, b.mul(b.srem(number, size2), stride2)))
-    return b.gep(base, [place], source_etype=I8)
-
-
-def _numbers(f: Function, source: ir.Value, count: int) -> list[ir.Value]:
-    return [f.load(source, i, I64) for i in range(count)]
+def dot(f: Function, total: ir.Value, unsigned: ir.Value, digits: ir.Value) -> ir.Value:
+    """`total` and in each lane the four products of unsigned and signed bytes; all three are vectors of i32."""
+    b, size = f.builder, 32 * total.type.count
+    bytes_ = ir.VectorType(I8, size // 8)
+    name = f"llvm.x86.avx512.vpdpbusd.{size}"
+    return f.intrinsic(name, total.type, [total, b.bitcast(unsigned, bytes_), b.bitcast(digits, bytes_)])
 
 
 # ------------------------------------------------------------------------------------------------------------- packing
@@ -74,7 +71,7 @@ def _numbers(f: Function, source: ir.Value, count: int) -> list[ir.Value]:
 
 def pack_sizes(*, k: int, n: int, offset: int, batch: Atoms, strides: tuple[int, int]) -> tuple[int, ...]:
     """What `pack` reads of an operand of k by n with strides along both."""
-    return (k, n, offset, *strides, *_batch(batch))
+    return (k, n, offset, *strides, *batch_sizes(batch))
 
 
 @cache
@@ -84,46 +81,47 @@ def pack(*, along: str, right: bool) -> str:
     `along` says which axis has stride 1: "k", "n" or neither.
     """
     f = Function("pack_body", [I64, I64, POINTER, POINTER, POINTER])
-    first, end, source, target, numbers = f.arguments
+    first, end, source, target, sizes = f.arguments
     b = f.builder
-    k, n, offset, stride_k, stride_n, *batch = _numbers(f, numbers, 9)
+    k, n, offset, stride_k, stride_n, *batch = read_sizes(f, sizes, 9)
     stride_k, stride_n = (I64(1) if along == axis else s for axis, s in (("k", stride_k), ("n", stride_n)))
+    wide = panel_columns()
     groups = b.sdiv(b.add(k, I64(3)), I64(4))
-    panels = b.sdiv(b.add(n, I64(PANEL - 1)), I64(PANEL))
+    panels = b.sdiv(b.add(n, I64(wide - 1)), I64(wide))
     flip = I32(-2139062144 if right else 0)  # 0x80808080: adds 128 to each byte
     with f.loop(first, end) as (panel, _):
-        matrix = _matrix(f, source, b.sdiv(panel, panels), batch, offset)
-        column = b.mul(b.srem(panel, panels), I64(PANEL))
-        rows = f.intrinsic("llvm.smin.i64", I64, [b.sub(n, column), I64(PANEL)])
-        base = b.gep(target, [b.mul(panel, b.mul(groups, I64(GROUP)))], source_etype=I8)
+        origin = matrix(f, source, b.sdiv(panel, panels), batch, offset)
+        column = b.mul(b.srem(panel, panels), I64(wide))
+        rows = lowest(f, b.sub(n, column), I64(wide))
+        base = b.gep(target, [b.mul(panel, b.mul(groups, I64(group_bytes())))], source_etype=I8)
         with f.loop(0, groups) as (group, _):
-            here = b.gep(base, [b.mul(group, I64(GROUP))], source_etype=I8)
+            here = b.gep(base, [b.mul(group, I64(group_bytes()))], source_etype=I8)
             taps = b.sub(k, b.mul(group, I64(4)))
             start = b.add(b.mul(group, b.mul(stride_k, I64(4))), b.mul(column, stride_n))
             with b.if_else(b.icmp_signed(">=", taps, I64(4))) as (whole, part):
                 with whole, f.loop(0, rows) as (j, _):
-                    word = _word(f, matrix, b.add(start, b.mul(j, stride_n)), stride_k, along)
+                    word = _word(f, origin, b.add(start, b.mul(j, stride_n)), stride_k, along)
                     f.store(b.xor(word, flip), here, j)
                 with part, f.loop(0, rows) as (j, _):
                     at = b.add(start, b.mul(j, stride_n))
                     with f.loop(0, taps, carried=[I32(0)]) as (r, state):
-                        byte = b.zext(f.load(matrix, b.add(at, b.mul(r, stride_k)), I8), I32)
+                        byte = b.zext(f.load(origin, b.add(at, b.mul(r, stride_k)), I8), I32)
                         state[0] = b.or_(state[0], b.shl(byte, b.mul(b.trunc(r, I32), I32(8))))
                     f.store(b.xor(state[0], flip), here, j)
-            with f.loop(rows, PANEL) as (j, _):
+            with f.loop(rows, wide) as (j, _):
                 f.store(I32(0), here, j)
     b.ret(I32(0))
     return entry("pack", f, 3)
 
 
-def _word(f: Function, matrix: ir.Value, at: ir.Value, stride_k: ir.Value, along: str) -> ir.Value:
+def _word(f: Function, origin: ir.Value, at: ir.Value, stride_k: ir.Value, along: str) -> ir.Value:
     """Four neighbours along K as one i32."""
     b = f.builder
     if along == "k":
-        return f.load(b.gep(matrix, [at], source_etype=I8), 0, I32, align=1)
+        return f.load(b.gep(origin, [at], source_etype=I8), 0, I32, align=1)
     word = I32(0)
     for r in range(4):
-        byte = b.zext(f.load(matrix, b.add(at, b.mul(stride_k, I64(r))), I8), I32)
+        byte = b.zext(f.load(origin, b.add(at, b.mul(stride_k, I64(r))), I8), I32)
         word = b.or_(word, b.shl(byte, I32(8 * r)))
     return word
 
@@ -146,7 +144,7 @@ class Rows:
 
     def sizes(self) -> tuple[int, ...]:
         """What kernels read of them."""
-        return (self.offset, self.stride or 0, *_batch(self.batch))
+        return (self.offset, self.stride or 0, *batch_sizes(self.batch))
 
 
 def scan_sizes(*, m: int, k: int, rows: Rows) -> tuple[int, ...]:
@@ -161,46 +159,47 @@ def scan(*, direct: bool) -> str:
     `ranges` is i32 [matrix][3][padded m]; rows along K tell their groups in blocks of 16.
     """
     f = Function("scan_body", [I64, I64, POINTER, POINTER, POINTER])
-    first, end, a, ranges, numbers = f.arguments
+    first, end, a, ranges, sizes = f.arguments
     b = f.builder
-    m, k, offset, stride, *batch = _numbers(f, numbers, 8)
-    panels = b.sdiv(b.add(m, I64(PANEL - 1)), I64(PANEL))
-    plane = b.mul(panels, I64(PANEL))
+    m, k, offset, stride, *batch = read_sizes(f, sizes, 8)
+    wide = panel_columns()
+    panels = b.sdiv(b.add(m, I64(wide - 1)), I64(wide))
+    plane = b.mul(panels, I64(wide))
     groups = b.sdiv(b.add(k, I64(3)), I64(4))
     with f.loop(first, end) as (number, _):
-        base = _matrix(f, a, number, batch, offset)
+        base = matrix(f, a, number, batch, offset)
         target = f.at(ranges, b.mul(number, b.mul(plane, I64(3))), I32)
         if direct:
             with f.loop(0, m) as (row, _):
                 _scan_row(f, b.gep(base, [b.mul(row, stride)], source_etype=I8), target, row, k, plane)
         else:
             with f.loop(0, panels) as (panel, _):
-                place = b.gep(base, [b.mul(panel, b.mul(groups, I64(GROUP)))], source_etype=I8)
-                _scan_panel(f, place, f.at(target, b.mul(panel, I64(PANEL)), I32), groups, plane)
+                place = b.gep(base, [b.mul(panel, b.mul(groups, I64(group_bytes())))], source_etype=I8)
+                _scan_panel(f, place, f.at(target, b.mul(panel, I64(wide)), I32), groups, plane)
     b.ret(I32(0))
     return entry("scan", f, 3)
 
 
 def _scan_row(f: Function, base: ir.Value, ranges: ir.Value, row: ir.Value, k: ir.Value, plane: ir.Value) -> None:
-    b = f.builder
-    ones, mask = ir.Constant(V8, [1] * (4 * LANES)), ir.IntType(LANES)
-    whole = b.sdiv(k, I64(4 * LANES))
-    with f.loop(0, whole, carried=[ZERO, b.sdiv(k, I64(4)), I64(0)]) as (i, state):
-        word = f.load(b.gep(base, [b.mul(i, I64(4 * LANES))], source_etype=I8), 0, V32, align=1)
-        some = b.icmp_signed("!=", b.bitcast(b.icmp_signed("!=", word, ZERO), mask), mask(0))
-        start = b.mul(i, I64(LANES))
+    b, wide = f.builder, lanes()
+    kind, mask = ir.VectorType(I32, wide), ir.IntType(wide)
+    whole = b.sdiv(k, I64(4 * wide))
+    with f.loop(0, whole, carried=[zeros(wide), b.sdiv(k, I64(4)), I64(0)]) as (i, state):
+        word = f.load(b.gep(base, [b.mul(i, I64(4 * wide))], source_etype=I8), 0, kind, align=1)
+        some = b.icmp_signed("!=", b.bitcast(b.icmp_signed("!=", word, zeros(wide)), mask), mask(0))
+        start = b.mul(i, I64(wide))
         state[:] = [
-            f.intrinsic(DOT, V32, [state[0], ones, b.bitcast(word, V8)]),
-            b.select(some, f.intrinsic("llvm.smin.i64", I64, [state[1], start]), state[1]),
-            b.select(some, b.add(start, I64(LANES)), state[2]),
+            dot(f, state[0], _ones(wide), word),
+            b.select(some, lowest(f, state[1], start), state[1]),
+            b.select(some, b.add(start, I64(wide)), state[2]),
         ]
-    total = f.intrinsic("llvm.vector.reduce.add.v16i32", I32, [state[0]])
-    with f.loop(b.mul(whole, I64(4 * LANES)), k, carried=[total, *state[1:]]) as (i, state):
+    total = f.intrinsic(f"llvm.vector.reduce.add.v{wide}i32", I32, [state[0]])
+    with f.loop(b.mul(whole, I64(4 * wide)), k, carried=[total, *state[1:]]) as (i, state):
         digit = b.sext(f.load(base, i, I8), I32)
         some, group = b.icmp_signed("!=", digit, I32(0)), b.sdiv(i, I64(4))
         state[:] = [
             b.add(state[0], digit),
-            b.select(some, f.intrinsic("llvm.smin.i64", I64, [state[1], group]), state[1]),
+            b.select(some, lowest(f, state[1], group), state[1]),
             b.select(some, b.add(group, I64(1)), state[2]),
         ]
     for number, value in enumerate((state[0], b.trunc(state[1], I32), b.trunc(state[2], I32))):
@@ -209,22 +208,28 @@ def _scan_row(f: Function, base: ir.Value, ranges: ir.Value, row: ir.Value, k: i
 
 def _scan_panel(f: Function, panel: ir.Value, ranges: ir.Value, groups: ir.Value, plane: ir.Value) -> None:
     """The same of a packed panel; lanes are rows."""
-    b = f.builder
-    ones = ir.Constant(V8, [1] * (4 * LANES))
-    for part in range(VECTORS):
-        with f.loop(0, groups, carried=[ZERO, _splat(f, b.trunc(groups, I32)), ZERO]) as (group, state):
+    b, wide = f.builder, lanes()
+    kind = ir.VectorType(I32, wide)
+    for part in range(panel_columns() // wide):
+        with f.loop(0, groups, carried=[zeros(wide), splat(f, b.trunc(groups, I32), wide), zeros(wide)]) as loop:
+            group, state = loop
             total, low, high = state
-            at = b.add(b.mul(group, I64(GROUP)), I64(part * LANES * 4))
-            word = b.load(b.gep(panel, [at], source_etype=I8), typ=V32, align=1)
-            here = _splat(f, b.trunc(group, I32))
-            some = b.icmp_signed("!=", word, ZERO)
+            at = b.add(b.mul(group, I64(group_bytes())), I64(part * wide * 4))
+            word = b.load(b.gep(panel, [at], source_etype=I8), typ=kind, align=1)
+            here = splat(f, b.trunc(group, I32), wide)
+            some = b.icmp_signed("!=", word, zeros(wide))
             state[:] = [
-                f.intrinsic(DOT, V32, [total, ones, b.bitcast(word, V8)]),
+                dot(f, total, _ones(wide), word),
                 b.select(b.and_(some, b.icmp_signed("<", here, low)), here, low),
-                b.select(some, b.add(here, ir.Constant(V32, [1] * LANES)), high),
+                b.select(some, b.add(here, ir.Constant(kind, [1] * wide)), high),
             ]
         for number, value in enumerate(state):
-            b.store(value, f.at(ranges, b.add(b.mul(plane, I64(number)), I64(part * LANES)), I32), align=4)
+            b.store(value, f.at(ranges, b.add(b.mul(plane, I64(number)), I64(part * wide)), I32), align=4)
+
+
+def _ones(wide: int) -> ir.Value:
+    """A one in every byte."""
+    return ir.Constant(ir.VectorType(I32, wide), [0x01010101] * wide)
 
 
 # ------------------------------------------------------------------------------------------------------------ products
@@ -252,39 +257,39 @@ def product(*, lefts: tuple[bool, ...], rights: int, levels: Levels) -> str:
     f = Function("product_body", [I64, I64, *[POINTER] * pointers])
     first, end, *rest = f.arguments
     a, ranges, right = rest[:count], rest[count : 2 * count], rest[2 * count : -2]
-    c, numbers = rest[-2:]
+    c, sizes = rest[-2:]
     b = f.builder
-    m, n, k, *places = _numbers(f, numbers, 3 + 6 * count)
+    m, n, k, *places = read_sizes(f, sizes, 3 + 6 * count)
     groups = b.sdiv(b.add(k, I64(3)), I64(4))
-    panels = b.sdiv(b.add(n, I64(PANEL - 1)), I64(PANEL))
-    plane = b.mul(b.sdiv(b.add(m, I64(PANEL - 1)), I64(PANEL)), I64(PANEL))
+    wide = panel_columns()
+    panels = b.sdiv(b.add(n, I64(wide - 1)), I64(wide))
+    plane = b.mul(b.sdiv(b.add(m, I64(wide - 1)), I64(wide)), I64(wide))
     total = b.sdiv(b.add(m, I64(TILES[0] - 1)), I64(TILES[0]))
-    panel_bytes = b.mul(groups, I64(GROUP))
+    panel_bytes = b.mul(groups, I64(group_bytes()))
     with f.loop(b.sdiv(first, total), b.sdiv(b.add(end, b.sub(total, I64(1))), total)) as (batch, _):
         origin = b.mul(batch, total)
-        low = f.intrinsic("llvm.smax.i64", I64, [b.sub(first, origin), I64(0)])
-        high = f.intrinsic("llvm.smin.i64", I64, [b.sub(end, origin), total])
+        low, high = highest(f, b.sub(first, origin), I64(0)), lowest(f, b.sub(end, origin), total)
         row_first = b.mul(low, I64(TILES[0]))
-        row_end = f.intrinsic("llvm.smin.i64", I64, [b.mul(high, I64(TILES[0])), m])
+        row_end = lowest(f, b.mul(high, I64(TILES[0])), m)
         operands = [
             _Left(
-                base=_matrix(f, p, batch, places[6 * i + 2 : 6 * i + 6], places[6 * i]),
+                base=matrix(f, p, batch, places[6 * i + 2 : 6 * i + 6], places[6 * i]),
                 ranges=f.at(r, b.mul(batch, b.mul(plane, I64(3))), I32),
                 stride=places[6 * i + 1] if direct else None,
             )
             for i, (p, r, direct) in enumerate(zip(a, ranges, lefts, strict=True))
         ]
-        matrix = f.at(c, b.mul(batch, b.mul(m, n)), I32)
+        out = f.at(c, b.mul(batch, b.mul(m, n)), I32)
         with f.loop(0, panels) as (panel, _):
             at = b.mul(b.add(b.mul(batch, panels), panel), panel_bytes)
             columns = [b.gep(p, [at], source_etype=I8) for p in right]
-            column = b.mul(panel, I64(PANEL))
+            column = b.mul(panel, I64(wide))
             shape = _Shape(n=n, plane=plane, groups=groups, panel_bytes=panel_bytes)
             row = row_first
             for rows in TILES:
                 stop = b.add(row, b.mul(b.sdiv(b.sub(row_end, row), I64(rows)), I64(rows)))
                 with f.loop(row, stop, step=rows) as (start, _):
-                    _tile(f, rows, start, column, operands, columns, matrix, shape, levels)
+                    _tile(f, rows, start, column, operands, columns, out, shape, levels)
                 row = stop
     b.ret(I32(0))
     return entry("product", f, pointers)
@@ -316,74 +321,52 @@ def _tile(
     shape: _Shape,
     levels: Levels,
 ) -> None:
-    """C[row : row + rows, column : column + 64], in rows * 4 vector accumulators."""
-    b = f.builder
-    total = [ZERO] * (rows * VECTORS)
-    lanes = [b.add(row, I64(r)) for r in range(rows)]
+    """C[row : row + rows, column : column + panel] in vector accumulators."""
+    b, wide = f.builder, lanes()
+    vectors = panel_columns() // wide
+    total = [zeros(wide)] * (rows * vectors)
+    lines = [b.add(row, I64(r)) for r in range(rows)]
     for pairs, shift in levels:
         for i, j in pairs:
-            total = _accumulate(f, total, lefts[i], rights[j], lanes, shape)
+            total = _accumulate(f, total, lefts[i], rights[j], lines, shape)
         if shift:
-            total = [b.shl(t, ir.Constant(V32, [shift] * LANES)) for t in total]
+            total = [b.shl(t, ir.Constant(ir.VectorType(I32, wide), [shift] * wide)) for t in total]
     left = b.trunc(b.sub(shape.n, column), I32)
-    for r, lane in enumerate(lanes):
-        at = b.add(b.mul(lane, shape.n), column)
-        _store_row(f, total[r * VECTORS : (r + 1) * VECTORS], f.at(c, at, I32), left)
+    for r, line in enumerate(lines):
+        at = b.add(b.mul(line, shape.n), column)
+        store_row(f, total[r * vectors : (r + 1) * vectors], f.at(c, at, I32), left, wide)
 
 
 def _accumulate(
-    f: Function, total: Sequence[ir.Value], left: _Left, right: ir.Value, lanes: Sequence[ir.Value], shape: _Shape
+    f: Function, total: Sequence[ir.Value], left: _Left, right: ir.Value, lines: Sequence[ir.Value], shape: _Shape
 ) -> list[ir.Value]:
     """The accumulators with one product of digits added."""
-    b = f.builder
+    b, wide = f.builder, lanes()
+    vectors, kind = panel_columns() // wide, ir.VectorType(I32, wide)
     total = list(total)
     low, high = b.trunc(shape.groups, I32), I32(0)
-    for r, lane in enumerate(lanes):
-        taken = _splat(f, b.mul(f.load(left.ranges, lane, I32), I32(-128)))
-        total[r * VECTORS : (r + 1) * VECTORS] = [b.add(t, taken) for t in total[r * VECTORS : (r + 1) * VECTORS]]
-        first, last = (f.load(left.ranges, b.add(lane, b.mul(shape.plane, I64(p))), I32) for p in (1, 2))
-        low = f.intrinsic("llvm.smin.i32", I32, [low, first])
-        high = f.intrinsic("llvm.smax.i32", I32, [high, last])
-    bases = [b.gep(left.base, [_row_offset(f, lane, left.stride, shape)], source_etype=I8) for lane in lanes]
+    for r, line in enumerate(lines):
+        taken = splat(f, b.mul(f.load(left.ranges, line, I32), I32(-128)), wide)
+        total[r * vectors : (r + 1) * vectors] = [b.add(t, taken) for t in total[r * vectors : (r + 1) * vectors]]
+        first, last = (f.load(left.ranges, b.add(line, b.mul(shape.plane, I64(p))), I32) for p in (1, 2))
+        low, high = lowest(f, low, first), highest(f, high, last)
+    bases = [b.gep(left.base, [_row_offset(f, line, left.stride, shape)], source_etype=I8) for line in lines]
     with f.loop(b.sext(low, I64), b.sext(high, I64), carried=total) as (group, state):
-        panel = b.gep(right, [b.mul(group, I64(GROUP))], source_etype=I8)
-        columns = [b.bitcast(f.load(panel, v, V32, align=1), V8) for v in range(VECTORS)]
-        along = b.mul(group, I64(GROUP if left.stride is None else 4))
+        panel = b.gep(right, [b.mul(group, I64(group_bytes()))], source_etype=I8)
+        columns = [f.load(panel, v, kind, align=1) for v in range(vectors)]
+        along = b.mul(group, I64(group_bytes() if left.stride is None else 4))
         for r, base in enumerate(bases):
             word = b.load(b.gep(base, [along], source_etype=I8), typ=I32, align=1)
-            digits = b.bitcast(_splat(f, word), V8)
-            for v in range(VECTORS):
-                place = r * VECTORS + v
-                state[place] = f.intrinsic(DOT, V32, [state[place], columns[v], digits])
+            digits = splat(f, word, wide)
+            for v in range(vectors):
+                place = r * vectors + v
+                state[place] = dot(f, state[place], columns[v], digits)
     return state
 
 
-def _row_offset(f: Function, lane: ir.Value, stride: ir.Value | None, shape: _Shape) -> ir.Value:
+def _row_offset(f: Function, line: ir.Value, stride: ir.Value | None, shape: _Shape) -> ir.Value:
     b = f.builder
     if stride is not None:
-        return b.mul(lane, stride)
-    panel, inside = b.sdiv(lane, I64(PANEL)), b.srem(lane, I64(PANEL))
+        return b.mul(line, stride)
+    panel, inside = b.sdiv(line, I64(panel_columns())), b.srem(line, I64(panel_columns()))
     return b.add(b.mul(panel, shape.panel_bytes), b.mul(inside, I64(4)))
-
-
-def _store_row(f: Function, values: Sequence[ir.Value], place: ir.Value, left: ir.Value) -> None:
-    """Stores a row of a tile, no more than the `left` columns that there are."""
-    b = f.builder
-    with b.if_else(b.icmp_signed(">=", left, I32(PANEL))) as (whole, part):
-        with whole:
-            for v, value in enumerate(values):
-                b.store(value, f.at(place, v * LANES, I32), align=4)
-        with part:
-            for v, value in enumerate(values):
-                lane = ir.Constant(V32, [v * LANES + j for j in range(LANES)])
-                mask = b.icmp_signed("<", lane, _splat(f, left))
-                name = "llvm.masked.store.v16i32.p0"
-                kind = ir.FunctionType(ir.VoidType(), [V32, POINTER, I32, mask.type])
-                store = f.module.globals.get(name) or ir.Function(f.module, kind, name)
-                b.call(store, [value, f.at(place, v * LANES, I32), I32(4), mask])
-
-
-def _splat(f: Function, value: ir.Value) -> ir.Value:
-    b = f.builder
-    one = b.insert_element(ir.Constant(V32, ir.Undefined), value, I32(0))
-    return b.shuffle_vector(one, ir.Constant(V32, ir.Undefined), ZERO)

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -32,6 +34,7 @@ from runtime.program.training import KindSpec, TrainingProgram
 from runtime.program.vectors import check, floats, load
 from runtime.recipe import parse_recipe
 from runtime.testing import local_group, tiny_job, tiny_program, train
+from storage import native
 from storage.store import memory_store
 
 TEXT, IMAGES = ((8,), 61, True), ((1, 8, 8), 10, False)
@@ -88,25 +91,50 @@ def test_vectors(threads: int) -> None:
     assert [str(found) for found in (check(executor, vector) for vector in load()) if found] == []
 
 
+HOST = {part[1:] for part in llvm.get_host_cpu_features().flatten().split(",") if part.startswith("+")}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processor", "isa"),
-    [("generic", "SSE41"), ("x86-64-v3", "AVX2"), ("x86-64-v3", "AVX2_VNNI"), ("x86-64-v4", "AVX512_CORE"), ("", "")],
+    ("processor", "features", "isa"),
+    [
+        ("generic", "", "SSE41"),
+        ("x86-64-v3", "", "AVX2"),
+        ("x86-64-v3", "avxvnni", "AVX2_VNNI"),
+        ("x86-64-v4", "", "AVX512_CORE"),
+        ("x86-64-v4", "avx512vnni", "AVX512_CORE_VNNI"),
+        ("", "", ""),
+    ],
 )
-def test_a_run_on_other_instruction_sets(processor: str, isa: str) -> None:
+def test_a_run_on_other_instruction_sets(processor: str, features: str, isa: str) -> None:
     """Vectors and a whole run of the tiny recipe, in a process of its own with another processor's instructions."""
+    if not {*native.LEVELS.get(processor, ()), *filter(None, [features])} <= HOST:
+        pytest.skip(f"this processor has not all of {processor} {features}")
     code = (
         "from runtime.executors import compiled; from runtime.testing import local_group, tiny_job, train; "
         "from storage.store import memory_store; store = memory_store(); "
         "print(train(store, tiny_job(store), group=local_group(compiled), threads=2).state_root.hex())"
     )
     chosen = {"NUMBA_CPU_NAME": processor, "ONEDNN_MAX_CPU_ISA": isa, "ATEN_CPU_CAPABILITY": isa.lower()[:4]}
+    chosen["NUMBA_CPU_FEATURES"] = features and f"+{features}"
     environment = {**os.environ, **{k: v for k, v in chosen.items() if v}}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     store = memory_store()
     want = train(store, tiny_job(store)).state_root.hex()
     assert done.stdout.strip() == want, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "lanes"), [("vnni", 8), ("vnni", 16), ("pairs", 4), ("pairs", 8), ("pairs", 16)])
+def test_product_kernels_of_processors_that_are_not_here(kind: str, lanes: int) -> None:
+    """Their code with one instruction spelled out, in a process of its own."""
+    script = Path(__file__).with_name("spelled.py")
+    command = [sys.executable, str(script), kind, str(lanes)]
+    root = Path(__file__).parents[3]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def example(name: str, dtype: str, shape: tuple[int, ...], classes: int, random: np.random.Generator) -> np.ndarray:
