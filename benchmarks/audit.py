@@ -6,7 +6,7 @@ the steps alone on both sides, by the wall and of the processor (the thread that
 state are in the wall time of the whole audit, which is told beside them. The first step of a machine takes longer, its
 kernels are loaded, so single later steps are compared too. Medians over repeats with other seeds; training is repeated
 as often. A segment, a worker's units and a unit of GPT-2 small are audited in processes of their own, for their memory,
-and flipped bits are pinpointed so.
+and flipped bits are pinpointed so. Units of larger models are foretold by the cost model (`--parts larger`).
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ from benchmarks.harness import Goal, Row, main
 from benchmarks.local import RECIPES
 from runtime.controller import Controller, Event, Stepped
 from runtime.executors import DEFAULT, named
+from runtime.families import GptConfig
 from runtime.faults import Fault, faulty_builder
 from runtime.feed import Batch, Feed
 from runtime.groups import LocalGroup
 from runtime.plan import make_plan
+from runtime.profiles import measure as measure_host
+from runtime.program.build import build_training_program
 from runtime.recipe import Recipe, ScheduleConfig, TrainingConfig, load_recipe
 from runtime.segments import History
 from runtime.worker import StageWorker, worker_builder
@@ -47,7 +50,8 @@ from trueweight import wiring
 from trueweight.auditing import Audited, Auditor, Choice, make_beacon
 from trueweight.investigation import FAULTS
 from verification.audit import Match
-from verification.replay import Replay
+from verification.forecast import measure_rates, unit_forecast
+from verification.replay import Material, Replay
 
 RECIPE = RECIPES / "quickstart.toml"
 CLOSE = 10
@@ -56,6 +60,13 @@ DIGESTS = 2
 """Per cent of a step that digesting what units take and give may cost."""
 UNIT_SECONDS, UNIT_MEGABYTES = 60, 2000
 """What the audit of a unit of GPT-2 small may take."""
+GPT2 = {
+    "gpt2-small": (12, 768, 12),
+    "gpt2-medium": (24, 1024, 16),
+    "gpt2-large": (36, 1280, 20),
+    "gpt2-xl": (48, 1600, 25),
+}
+"""Layers, width and heads (Radford et al. 2019, table 2; heads of 64)."""
 PINPOINT = {"quickstart": 60, "gpt2-small": 300}
 """Seconds that a pinpoint may take, of the whole command."""
 
@@ -279,6 +290,34 @@ def gpt2_small(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     yield from pinpointed(folder, "gpt2-small", fault, arguments, 1)
 
 
+def larger(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
+    """Rows of one unit of GPT-2's four sizes by the cost model; of the smallest beside the audit itself."""
+    recipe = small()
+    trained(folder, "honest", recipe, arguments)
+    foreseen = said(folder, arguments, "audit", "honest", "--unit", "1:s0r0", "--dry-run")
+    told = unit_audit(folder, "honest", "s0r0", arguments)
+    ratio = foreseen["seconds"] / told["seconds"]
+    yield Row(name="a unit of gpt2-small: forecast / measured", value=ratio, unit="x")
+    foreseen = said(folder, arguments, "audit", "honest", "--segments", "1", "--dry-run")
+    ratio = foreseen["seconds"] / said(folder, arguments, "audit", "honest", "--segments", "1")["seconds"]
+    yield Row(name="a segment of gpt2-small: forecast / measured", value=ratio, unit="x")
+    store, make = open_store(str(folder / "store"), create=False), named(arguments.executor)
+    dataset = Material.read(store, History.open(store, "honest").run).feed.dataset
+    for name, (layers, width, heads) in GPT2.items():
+        assert isinstance(recipe.model, GptConfig)
+        model = replace(recipe.model, layers=layers, width=width, heads=heads)
+        program = build_training_program(replace(recipe, model=model), dataset)
+        profile = measure_host(program, make, executor=arguments.executor, threads=arguments.threads, repeats=2)
+        found = measure_rates(make(arguments.threads), program, recipe.seed)
+        whole = range(len(program.blocks))
+        made = unit_forecast(program, profile, found, blocks=whole, micro_batches=1, stored=True)
+        elements = sum(math.prod(spec.shape) for spec in program.tensors)
+        yield Row(name=f"{name}: weights", value=elements / 1e6, unit="M")
+        yield Row(name=f"a unit of {name}: forecast", value=made.seconds, unit="s")
+        yield Row(name=f"a unit of {name}: memory, at most", value=made.memory / 1e6, unit="MB")
+        yield Row(name=f"a unit of {name}: read, raw", value=made.read / 1e6, unit="MB")
+
+
 def rates(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     """Rows of training and of audits at each rate."""
     steps = arguments.steps
@@ -307,7 +346,13 @@ def rates(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
         yield Row(name=f"rate {rate:g}: fetched / store", value=100 * fetched / size, unit="%")
 
 
-PARTS = {"rates": rates, "units": units, "quickstart": pinpoint_quickstart, "gpt2-small": gpt2_small}
+PARTS = {
+    "rates": rates,
+    "units": units,
+    "quickstart": pinpoint_quickstart,
+    "gpt2-small": gpt2_small,
+    "larger": larger,
+}
 """The measurements by name."""
 
 

@@ -20,6 +20,7 @@ from trueweight import reports, wiring
 from trueweight.auditing import Audited, Auditor, Choice, make_beacon
 from trueweight.console import console_for, print_json, tell_from_signal, teller
 from trueweight.following import Follower
+from trueweight.forecasting import forecast_report, print_forecast
 from trueweight.interrupts import StopRequest
 from trueweight.investigation import injected, investigate
 from trueweight.junit import junit
@@ -56,6 +57,9 @@ def audit_command(
     follow: Annotated[bool, typer.Option("--follow", help="Audit a run that goes on, segment by segment.")] = False,
     poll: Annotated[float | None, typer.Option(metavar="S", help="With --follow: seconds between looks (10).")] = None,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="With --follow: past a divergence.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be replayed and what it takes here, and replay nothing.")
+    ] = False,
     workers: Annotated[int, typer.Option(metavar="N", help="Replay segments in so many Ray actors.")] = 1,
     address: Annotated[str | None, typer.Option(help="The Ray cluster for them, HOST:PORT.")] = None,
     threads: Annotated[int, typer.Option(help="Threads of a worker; 0 is all that torch sees.")] = 1,
@@ -86,6 +90,7 @@ def audit_command(
     trueweight audit quickstart --segments 0,3
     trueweight audit quickstart --all --workers 4 --json
     trueweight audit quickstart --unit 3:s0r1
+    trueweight audit quickstart --units --rate 0.5 --dry-run
     trueweight audit quickstart --rate 0.25 --strategy stratified --html report.html
     trueweight audit quickstart --follow --rate 0.25 --store https://example.org/store
     """
@@ -116,6 +121,18 @@ def audit_command(
         if file is not None and not file.absolute().parent.is_dir():
             raise UsageError(f"{file}: expected a folder to write it in, got none; make the folder first")
     objects = wiring.open_folder(store, create=False)
+    if dry_run:
+        if follow or remote or pinpoint or html or junit_file:
+            raise UsageError(
+                "--dry-run: expected only what to audit, --executor, --threads and --json with it; drop the others"
+            )
+        foreseen = forecast_report(
+            objects, name, choice, make=make, executor=executor, threads=threads, tell=teller(console)
+        )
+        if as_json:
+            return print_json(foreseen)
+        print_forecast(teller(console), foreseen)
+        return 0
     observe = teller(console) if as_json or console.is_terminal else lambda _: None
     auditor = Auditor(
         store=objects,

@@ -185,8 +185,16 @@ def forged_of(share: float, total: int) -> int:
 
 
 def select(choice: Choice, history: History, candidates: Sequence[Candidate]) -> Selection:
-    """The pieces of `candidates` that the choice takes; UsageError for a named segment that the run has not."""
+    """The pieces of `candidates` that the choice takes; UsageError for a named segment that the run has not.
+
+    So it is for a draw of units where nobody signed any.
+    """
     known = [candidate.piece for candidate in candidates]
+    if choice.of_units and not choice.named and not known:
+        raise UsageError(
+            f"run {history.name}: expected receipts, got none: its workers had no keys; audit whole segments, "
+            f"without --units and --strategy"
+        )
     if choice.every or choice.named:
         pieces = tuple(known if choice.every else choice.named)
         for piece in pieces:
@@ -244,6 +252,13 @@ def unit_candidates(history: History, segments: Sequence[SegmentRecord]) -> list
 
 def _identity(receipt: Receipt) -> str:
     return f"{receipt.address.hex()}/{receipt.worker}"
+
+
+def candidates(choice: Choice, history: History, segments: Sequence[SegmentRecord]) -> list[Candidate]:
+    """What a draw may take; all segments where they are named, and nothing where units are."""
+    if choice.of_units:
+        return [] if choice.named else unit_candidates(history, segments)
+    return [Candidate(piece=Piece(index)) for index in range(len(segments))]
 
 
 # ---------------------------------------------------------------------------------------------------------- auditing
@@ -341,7 +356,7 @@ class Auditor:
                 )
             material = Material.read(store, history.run)
             report = replace(report, total=len(segments), planned=material.feed.segments)
-            candidates = [] if choice.named else unit_candidates(history, segments)
+            known = candidates(choice, history, segments)
         except FAILURES as error:
             if history is None and isinstance(error, UsageError):
                 raise
@@ -350,12 +365,7 @@ class Auditor:
         if not segments:
             reason = "the run has not committed a segment yet"
             return Audited(report=replace(report, verdict=Inconclusive(reason=reason)), steps=0)
-        if not candidates and not choice.named:
-            raise UsageError(
-                f"run {self.name}: expected receipts, got none: its workers had no keys; audit whole segments, "
-                f"without --units and --strategy"
-            )
-        selection = select(choice, history, candidates)
+        selection = select(choice, history, known)
         units: list[UnitAudit] = []
         make = lru_cache(1)(self.executor)
         for piece in selection.pieces:

@@ -12,6 +12,7 @@ from time import perf_counter
 from runtime.places import StepFault
 from runtime.plan import Plan
 from runtime.program.executor import Executor
+from runtime.program.training import TrainingProgram
 from runtime.segments import History
 from storage import merkle
 from storage.codec import decode
@@ -57,12 +58,7 @@ def unit_verdict(
 
     UsageError where the run has no such segment, or the worker signed nothing in its first step.
     """
-    if not 0 <= index < len(segments):
-        raise UsageError(
-            f"segment {index}: expected one of the run's {len(segments)} committed segments; see "
-            f"`trueweight show {history.name}`"
-        )
-    segment, started = segments[index], perf_counter()
+    segment, started = committed(history, segments, index), perf_counter()
     address, units, share = "", 0, 0.0
     verdict: Verdict = Match()
     try:
@@ -89,6 +85,16 @@ def unit_verdict(
         poststate=segment.poststate.hex(),
         verdict=verdict,
     )
+
+
+def committed(history: History, segments: Sequence[SegmentRecord], index: int) -> SegmentRecord:
+    """A segment by its number; UsageError where the run has none such."""
+    if not 0 <= index < len(segments):
+        raise UsageError(
+            f"segment {index}: expected one of the run's {len(segments)} committed segments; see "
+            f"`trueweight show {history.name}`"
+        )
+    return segments[index]
 
 
 def first_receipts(history: History, segment: SegmentRecord) -> list[Receipt]:
@@ -147,8 +153,7 @@ def audit_unit(
     if program.root != history.run.program_root:
         roots = program.root.hex(), history.run.program_root.hex()
         return Diverged(path="run/program_root", expected=roots[0], actual=roots[1]), 0
-    stages = (*receipt.bounds[:1], *receipt.bounds[-1:], len(receipt.bounds) > 1)
-    if stages != (0, len(program.blocks), True) or list(receipt.bounds) != sorted(set(receipt.bounds)):
+    if not _whole(receipt, program):
         right = f"stages of the run's {len(program.blocks)} blocks"
         return Diverged(path=f"{path}/bounds", expected=right, actual=printable(str(receipt.bounds))), 0
     stage = _stage(receipt)
@@ -188,6 +193,18 @@ def audit_unit(
         given = replay.gradient_root.hex(), receipt.gradient_root.hex()
         return Diverged(path=f"{path}/gradient_root", expected=given[0], actual=given[1]), len(units)
     return None, len(units)
+
+
+def stage_of(receipt: Receipt, program: TrainingProgram) -> range | None:
+    """The blocks that a receipt's worker had; None where its plan is none of this program, or has no such worker."""
+    stage = _stage(receipt) if _whole(receipt, program) else None
+    return None if stage is None else range(*receipt.bounds[stage : stage + 2])
+
+
+def _whole(receipt: Receipt, program: TrainingProgram) -> bool:
+    """Whether the stages of a receipt's plan are all blocks, each once."""
+    ends = (*receipt.bounds[:1], *receipt.bounds[-1:], len(receipt.bounds) > 1)
+    return ends == (0, len(program.blocks), True) and list(receipt.bounds) == sorted(set(receipt.bounds))
 
 
 def _stage(receipt: Receipt) -> int | None:

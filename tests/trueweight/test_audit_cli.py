@@ -25,7 +25,7 @@ from storage.errors import FailureError
 from storage.objects import MemoryObjects
 from storage.remote import FsspecObjects
 from storage.store import CHECKPOINTS, Store, memory_store, open_store
-from trueweight import audit_cli
+from trueweight import audit_cli, forecasting
 from trueweight.auditing import Auditor, ReadObjects, make_beacon, unit_candidates
 from trueweight.cli import main
 from trueweight.following import Follower
@@ -111,6 +111,9 @@ def history_of(folder: Path, name: str = "tiny") -> History:
         ("--follow --rate 0.5 --units", "whole segments"),
         ("--unit 0:s0r0 --workers 2", "--workers 2: expected at least 1, and segments"),
         ("--workers 0", "--workers 0: expected at least 1"),
+        ("--dry-run --follow --rate 0.5", "--dry-run: expected only what to audit"),
+        ("--dry-run --workers 2", "--dry-run: expected only what to audit"),
+        ("--dry-run --unit 7:s0r0", "segment 7: expected one of the run's 3 committed segments"),
         ("--html absent/report.html", "expected a folder to write it in, got none; make the folder first"),
     ],
 )
@@ -171,6 +174,31 @@ def test_units_are_drawn_by_every_strategy(trained: Path, told: Callable[..., An
     assert (report["replayed"], report["total"], report["planned"]) == (0, 3, 3)
     assert report["sample"]["cost"] == pytest.approx(count / 4 / 5)
     assert report["sample"]["missed"][2]["probability"] == pytest.approx(comb(10, count) / comb(12, count))
+
+
+def test_a_dry_run_draws_as_the_audit_does_and_says_what_it_takes(
+    told: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    trained: Path,
+) -> None:
+    monkeypatch.setattr(forecasting, "FOLDER", str(tmp_path))
+    for options in (("--rate", "0.5"), ("--rate", "0.3", "--strategy", "stratified")):
+        foreseen = told("tiny", *options, "--seed", "5", "--dry-run")
+        made = told("tiny", *options, "--seed", "5")
+        assert [(row["segment"], row.get("worker")) for row in foreseen["pieces"]] == [
+            (row["index"], row.get("worker")) for row in made["segments"]
+        ]
+        assert foreseen["of"] == made["sample"]["candidates"]
+        assert foreseen["seconds"] == pytest.approx(sum(row["seconds"] for row in foreseen["pieces"]))
+        units = [row["units"] for row in foreseen["pieces"] if "units" in row]
+        assert units == [row["units_replayed"] for row in made["segments"] if "units_replayed" in row]
+    assert len(list(tmp_path.iterdir())) == 1  # the profile is kept
+    assert main(["audit", "tiny", "--store", str(trained), "--executor", "reference", "--dry-run", "--seed", "5"]) == 0
+    said = capsys.readouterr().out
+    assert "would take" in said
+    assert "the same draw: --seed 5" in said
 
 
 def test_newcomers_weigh_more(trained: Path) -> None:

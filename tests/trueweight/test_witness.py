@@ -19,10 +19,14 @@ from runtime.segments import History
 from runtime.testing import TEXT, TINY
 from storage.codec import decode, encode
 from storage.errors import FailureError, UsageError
+from storage.identity import signed
 from storage.store import Store, open_store
 from trueweight import cli
 from trueweight.witness_cli import Answering, WitnessServer
 from verification.asking import AskedTraces, Question, Reply, replied
+from verification.replay import Material
+from verification.testing import check_traces
+from verification.traces import REVEAL_DOMAIN
 
 FLIP = "kind=flip,step=2,worker=s1r0,place=micro-batch 2/block 2/forward,operator=700,element=3,bit=10"
 COST = ("seconds", "peak_bytes", "evidence")
@@ -116,6 +120,17 @@ def test_answers_of_another_are_not_the_workers(
             "unavailable",
             "s1r0 does not answer: its answer is not signed by the key of its receipt",
         )
+
+
+def test_asked_traces_conform(store: Store, server: WitnessServer) -> None:
+    history = History.open(store, "tiny")
+    traces = AskedTraces(server.address, run=history.run_digest, segment=1, step=2)
+    program = Material.read(store, history.run).program
+    place = "micro-batch 0/block 2/forward"
+    answers = check_traces(
+        traces, workers=["s0r0", "s1r0"], worker="s1r0", place=place, program=program.kind_of(2).forward, step=2
+    )
+    assert all(answer.reveal and signed(REVEAL_DOMAIN, answer.reveal) for answer in answers)
 
 
 def question(store: Store, **of: Any) -> Question:

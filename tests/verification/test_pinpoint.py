@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from runtime.executors import reference
 from runtime.faults import KINDS, Fault, check_fault, faulty_builder, parse_fault, random_fault
 from runtime.groups import LocalGroup
 from runtime.plan import Plan
+from runtime.program.builder import Builder
 from runtime.program.training import TrainingProgram
 from runtime.segments import History
 from runtime.testing import plan_for, tiny_job, tiny_program, train
-from runtime.tracing import Call, traced_builder
+from runtime.tracing import traced_builder
 from storage import merkle
 from storage.codec import decode, encode
 from storage.errors import FailureError, UsageError
@@ -40,6 +41,7 @@ from verification.pinpoint import (
     traces_at,
 )
 from verification.replay import Replay
+from verification.testing import ToyTraces, check_traces
 from verification.traces import REVEAL_DOMAIN, Answer, RecordedTraces, ReplayedTraces, TraceProvider, Witness
 
 FLIP = "kind=flip,step=2,worker=s1r0,place=micro-batch 2/block 2/forward,operator=700,element=3,bit=10"
@@ -229,28 +231,37 @@ def providers(case: Case) -> Iterator[tuple[str, TraceProvider]]:
 
 
 def test_providers_conform(case: Case) -> None:
-    """Answers fit together: claims, calls, operators, leaves and leaf hash to each other, and reveals are signed."""
-    worker, place = "s1r0", "micro-batch 2/block 2/forward"
+    """Those of a real step, on a call without the fault; one asked over HTTP is in test_witness.py."""
+    place, program = "micro-batch 0/block 2/forward", case.job.program.kind_of(2).forward
     for name, provider in providers(case):
-        claims: Mapping[str, Receipt] = provider.claims()
-        assert set(claims) == set(case.plan.workers)
-        calls = provider.calls(worker, "micro-batch 2/")
-        found = [decode(Call, item) for item in calls.items]
-        call = next(call for call in found if call.place == f"step 2/{place}")
-        operators = provider.operators(worker, place)
-        program = next(one for one in case.job.program.programs if one.root == call.program)
-        assert len(operators.items) == len(program.ops)
-        first = len(program.inputs)
-        assert [operators.items[v - first] for v in program.outputs] == list(call.outputs)
-        for value, digest in ((0, call.inputs[0]), (first + 700, operators.items[700])):
-            leaves = provider.leaves(worker, place, value)
-            assert merkle.root(leaves) == digest
-            assert merkle.leaf_hash(provider.leaf(worker, place, value, 0)) == leaves[0]
-        for answer in (calls, operators):
+        answers = check_traces(provider, workers=case.plan.workers, worker="s1r0", place=place, program=program, step=2)
+        for answer in answers:
             assert (answer.reveal is not None) == (name == "witness")
             assert answer.reveal is None or signed(REVEAL_DOMAIN, answer.reveal)
-        with pytest.raises((FailureError, KeyError, ValueError)):
-            provider.operators(worker, "micro-batch 2/block 9/forward")
+
+
+def test_the_toy_conforms_and_one_that_lies_does_not() -> None:
+    build = Builder()
+    x = build.input("x", "f32", 40, 70)
+    program = build.finish([x + x * x])
+    array = np.random.default_rng(3).standard_normal((40, 70)).astype(np.float32)
+    made, receipts = [("update/t/0", program, [array])], {"s0r0": Receipt.__new__(Receipt)}
+    toy = ToyTraces(3, {"s0r0": made}, receipts)
+    check_traces(toy, workers=["s0r0"], worker="s0r0", place="update/t/0", program=program, step=3)
+
+    class Lies(ToyTraces):
+        def leaf(self, worker: str, place: str, value: int, number: int) -> bytes:
+            return super().leaf(worker, place, value, number)[::-1]
+
+    with pytest.raises(AssertionError):
+        check_traces(
+            Lies(3, {"s0r0": made}, receipts),
+            workers=["s0r0"],
+            worker="s0r0",
+            place="update/t/0",
+            program=program,
+            step=3,
+        )
 
 
 def test_a_traced_step_is_the_step(case: Case) -> None:
