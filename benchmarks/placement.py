@@ -1,5 +1,7 @@
 """Unequal, slowed and killed workers: throughput against the sum of what they can do alone, recovery, overhead.
 
+Last, what the planner predicts of a step on hosts that measured themselves, against what the step takes.
+
 All cases train one recipe, `quickstart`'s bigger sibling, on a Ray cluster of this machine with workers of one thread.
 Step times are medians after a warm-up. A worker is slowed by stopping its process two thirds of the time.
 """
@@ -21,13 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Goal, Row, main
-from runtime.actors.cluster import joined
+from runtime.actors.cluster import Cluster, joined
 from runtime.actors.group import RayGroup
+from runtime.actors.sites import RaySites
+from runtime.actors.testing import Hosts
 from runtime.controller import Changed, Controller, Elastic, Event, Job, Stepped
 from runtime.executors import named
 from runtime.groups import Handle, LocalGroup, WorkerGroup
 from runtime.plan import Plan, make_plan
+from runtime.planner import make_placement
 from runtime.recipe import parse_recipe
+from runtime.revision import plan_of
 from runtime.worker import worker_builder
 from storage.errors import FailureError
 from storage.store import Store, open_store
@@ -166,15 +172,34 @@ def slowed(process: int) -> Iterator[None]:
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Overhead, unequal workers, a pipeline, recovery."""
-    with tempfile.TemporaryDirectory() as folder, joined() as cluster:
-        store = open_store(f"{folder}/store", create=True)
-        for part in PARTS if arguments.part == "all" else [arguments.part]:
-            units = 8 if part == "pipeline" else arguments.units
-            recipe = parse_recipe(RECIPE.format(batch=4 * units, units=units), source="sibling")
-            job = prepare_job(store, recipe, name=part, folder=Path(folder), tell=_tell)
-            bench = Bench(store=store, job=job, cpus=cluster.cpus, steps=arguments.steps, kills=arguments.kills)
-            yield from PARTS[part](bench)
+    """Overhead, unequal workers, a pipeline and recovery on one host; predictions on two of one CPU each."""
+    parts = list(PARTS) if arguments.part == "all" else [arguments.part]
+    with tempfile.TemporaryDirectory() as path:
+        for cluster in (joined, two_hosts):
+            chosen = [part for part in parts if (part == "prediction") == (cluster is two_hosts)]
+            if chosen:
+                with cluster() as found:
+                    for part in chosen:
+                        yield from PARTS[part](_bench(part, Path(path), found.cpus, arguments))
+
+
+def _bench(part: str, folder: Path, cpus: float, arguments: argparse.Namespace) -> Bench:
+    store = open_store(f"{folder}/store", create=True)
+    units = 8 if part == "pipeline" else arguments.units
+    recipe = parse_recipe(RECIPE.format(batch=4 * units, units=units), source="sibling")
+    job = prepare_job(store, recipe, name=part, folder=folder, tell=_tell)
+    return Bench(store=store, job=job, cpus=cpus, steps=arguments.steps, kills=arguments.kills)
+
+
+@contextmanager
+def two_hosts() -> Iterator[Cluster]:
+    """A cluster of two raylets of a CPU each."""
+    hosts = Hosts.start(2)
+    try:
+        with joined(hosts.address) as cluster:
+            yield cluster
+    finally:
+        hosts.stop()
 
 
 def overhead(bench: Bench) -> Iterator[Row]:
@@ -309,7 +334,32 @@ def recovery(bench: Bench) -> Iterator[Row]:
         yield Row(name=f"killed replica: {name}, worst", value=max(values), unit="s", goal=goal)
 
 
-PARTS = {"overhead": overhead, "unequal": unequal, "pipeline": pipeline, "recovery": recovery}
+def prediction(bench: Bench) -> Iterator[Row]:
+    """The planner's step on one and on two hosts that measured themselves and their link, and the step that it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        for label, count, stages in (("one host", 1, 1), ("two replicas", 2, 1), ("two stages", 2, 2)):
+            group, programs = bench.group(count), bench.job.program.encode()
+            sites = RaySites(
+                group, program=bench.job.program, programs=programs, executor="compiled", folder=folder, tell=_tell
+            )
+            model = sites.model()
+            placement = make_placement(model, sorted(sites.hosts(), key=lambda host: host.name)[:count], stages=stages)
+            plan = plan_of(placement)
+            teams = enumerate(placement.hosts)
+            sites.send({plan.worker(s, r): host for s, team in teams for r, host in enumerate(team)})
+            step = bench.train(group, plan, elastic=Elastic(membership=_Still())).step
+            yield Row(name=f"{label}: a step as predicted", value=placement.seconds, unit="s")
+            yield Row(name=f"{label}: a step", value=step, unit="s")
+            yield Row(name=f"{label}: predicted / measured", value=placement.seconds / step, unit="x")
+
+
+PARTS = {
+    "overhead": overhead,
+    "unequal": unequal,
+    "pipeline": pipeline,
+    "recovery": recovery,
+    "prediction": prediction,
+}
 
 
 def _tell(what: str) -> None:

@@ -5,8 +5,9 @@ the kernel multiplies a matrix of A's digits, one after the other along K, by on
 slices takes one instruction for a vector of outputs and a step along K, as many as float32 takes. All is modulo 2^32,
 where the true sum lies.
 
-A is packed row by row and B into panels, `[panel][words][columns]`, a word being two neighbours of 16 bits; zeros to
-the end. What lies outside of a row's first and last digits is skipped, which halves the work for causal attention.
+A is packed row by row and B into panels, `[panel][words][columns]`, a word being two neighbours of 16 bits (`words`);
+zeros to the end. What lies outside of a row's first and last digits is skipped, which halves the work for causal
+attention.
 
 Sizes and strides are read from an i64 array that comes last in every table, so a few kernels serve all shapes.
 """
@@ -14,7 +15,7 @@ Sizes and strides are read from an i64 array that comes last in every table, so 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 from llvmlite import ir
 
@@ -69,9 +70,15 @@ def combinations(lefts: int, terms: Sequence[tuple[int, int, int]]) -> tuple[Com
     return found if all(sum(64 << shift for _, shift in one) < 2**15 for one in found) else None
 
 
+def grouped(digits: int) -> tuple[int, int]:
+    """(places along K, words) that are the fewest to make up whole words of so many digits."""
+    return (1, digits // 2) if digits % 2 == 0 else (2, digits)
+
+
 def words(k: int, digits: int) -> int:
-    """Words along K of so many digits."""
-    return -(-k * digits // 2)
+    """Words along K of so many digits: all groups' first words, then their second ones, and so on."""
+    step, made = grouped(digits)
+    return made * -(-k // step)
 
 
 def row_words(k: int, digits: int) -> int:
@@ -95,88 +102,161 @@ def pack_sizes(*, k: int, n: int, sources: Sequence[tuple[int, Atoms, tuple[int,
     return (k, n, *(x for offset, batch, strides in sources for x in (offset, *strides, *batch_sizes(batch))))
 
 
-Read = Callable[[int, ir.Value, ir.Value], ir.Value]
-"""(source, place along K, place along the other axis) -> the digit as i32."""
+class _Digits:
+    """Digits of one matrix of the sources, read as i32; `along` names the axis whose stride is 1, if any.
+
+    Places along K are counted in groups of `step`, the fewest that make up whole words: `made` of them. `combined(i,
+    digit)` is what a word's half holds for digit i of A, from `digit(source)`.
+    """
+
+    def __init__(self, f: Function, sizes: ir.Value, along: str, halves: Sequence[Combination]) -> None:
+        self.f, self.b, self.halves = f, f.builder, halves
+        self.step, self.made = grouped(len(halves))
+        self.sizes, self.along = sizes, along
+        self.k, self.other = read_sizes(f, sizes, 2)
+        self.groups = self.b.sdiv(self.b.add(self.k, I64(self.step - 1)), I64(self.step))
+        self.full = self.b.sdiv(self.k, I64(self.step))
+        self.words = self.b.mul(self.groups, I64(self.made))
+
+    def open(self, pointers: Sequence[ir.Value], number: ir.Value) -> None:
+        """Go to matrix `number` of the sources."""
+        found = read_sizes(self.f, self.sizes, 2 + 7 * len(pointers))[2:]
+        self.bases, self.strides = [], []
+        for i, pointer in enumerate(pointers):
+            offset, stride_k, stride_n, *batch = found[7 * i : 7 * i + 7]
+            self.bases.append(matrix(self.f, pointer, number, batch, offset))
+            ones = [I64(1) if self.along == axis else s for axis, s in (("k", stride_k), ("other", stride_n))]
+            self.strides.append(ones)
+
+    def place(self, number: int, group: ir.Value) -> ir.Value:
+        """Which word along K is word `number` of a group."""
+        return self.b.add(self.b.mul(self.groups, I64(number)), group)
+
+    def word(self, number: int, group: ir.Value, line: ir.Value) -> ir.Value:
+        """Word `number` of a group, at place `line` along the other axis; digits beyond K are zeros."""
+        first = self.b.mul(group, I64(self.step))
+
+        def digit(source: int, further: int) -> ir.Value:
+            place = self.b.add(first, I64(further))
+            if not further:
+                return self.b.sext(self.f.load(self._at(source, place, line), 0, I8), I32)
+            inside = self.b.icmp_signed("<", place, self.k)
+            near = lowest(self.f, place, self.b.sub(self.k, I64(1)))
+            return self.b.select(inside, self.b.sext(self.f.load(self._at(source, near, line), 0, I8), I32), I32(0))
+
+        return self._joined(number, digit, I32)
+
+    def block(self, group: ir.Value, line: ir.Value) -> list[list[ir.Value]]:
+        """For each word of a group: vectors of that word over `lanes` groups, at as many places along the other axis.
+
+        `along` has to be an axis, and all of it inside.
+        """
+        wide = lanes()
+        first = self.b.mul(group, I64(self.step))
+        found: list[list[ir.Value]] = [[] for _ in range(self.made)]
+        for number in range(wide):
+            for word in range(self.made):
+                if self.along == "k":
+                    at = self.b.add(line, I64(number))
+                    read = partial(self._over_groups, first, at)
+                else:
+                    read = partial(self._over_lines, self.b.add(first, I64(number * self.step)), line)
+                found[word].append(self._joined(word, read, ir.VectorType(I32, wide)))
+        return found if self.along == "k" else [transposed(self.f, vectors) for vectors in found]
+
+    def _over_groups(self, first: ir.Value, line: ir.Value, source: int, further: int) -> ir.Value:
+        """A digit of `lanes` groups that follow each other along K."""
+        wide = lanes() * self.step
+        given = self.f.load(self._at(source, first, line), 0, ir.VectorType(I8, wide), align=1)
+        if self.step > 1:
+            chosen = ir.Constant(ir.VectorType(I32, lanes()), [further + self.step * lane for lane in range(lanes())])
+            given = self.b.shuffle_vector(given, ir.Constant(given.type, ir.Undefined), chosen)
+        return self.b.sext(given, ir.VectorType(I32, lanes()))
+
+    def _over_lines(self, first: ir.Value, line: ir.Value, source: int, further: int) -> ir.Value:
+        """A digit at one place along K, for `lanes` places along the other axis."""
+        place = self._at(source, self.b.add(first, I64(further)), line)
+        kind = ir.VectorType(I8, lanes())
+        return self.b.sext(self.f.load(place, 0, kind, align=1), ir.VectorType(I32, lanes()))
+
+    def _at(self, source: int, k: ir.Value, line: ir.Value) -> ir.Value:
+        stride_k, stride_n = self.strides[source]
+        place = self.b.add(self.b.mul(k, stride_k), self.b.mul(line, stride_n))
+        return self.b.gep(self.bases[source], [place], source_etype=I8)
+
+    def _joined(self, number: int, digit: Callable[[int, int], ir.Value], kind: ir.Type) -> ir.Value:
+        """A word's two halves, from `digit(source, places further along K)`."""
+        made = []
+        for position in (2 * number, 2 * number + 1):
+            further, i = divmod(position, len(self.halves))
+            total = None
+            for source, shift in self.halves[i]:
+                part = self.b.shl(digit(source, further), _all(kind, shift)) if shift else digit(source, further)
+                total = part if total is None else self.b.add(total, part)
+            made.append(_all(kind, 0) if total is None else total)
+        return self.b.or_(self.b.and_(made[0], _all(kind, 0xFFFF)), self.b.shl(made[1], _all(kind, 16)))
 
 
-def _sources(
-    f: Function, pointers: Sequence[ir.Value], sizes: ir.Value, number: ir.Value, along: str, other: str
-) -> Read:
-    """How digits of matrix `number` of the sources are read; `along` names the axis whose stride is 1, if any."""
-    b = f.builder
-    found = read_sizes(f, sizes, 2 + 7 * len(pointers))[2:]
-    bases, strides = [], []
-    for i, pointer in enumerate(pointers):
-        offset, stride_k, stride_n, *batch = found[7 * i : 7 * i + 7]
-        bases.append(matrix(f, pointer, number, batch, offset))
-        strides.append([I64(1) if along == axis else s for axis, s in (("k", stride_k), (other, stride_n))])
-
-    def read(source: int, k: ir.Value, n: ir.Value) -> ir.Value:
-        stride_k, stride_n = strides[source]
-        place = b.add(b.mul(k, stride_k), b.mul(n, stride_n))
-        return b.sext(f.load(bases[source], place, I8), I32)
-
-    return read
+def _all(kind: ir.Type, value: int) -> ir.Value:
+    """A number in an i32, or in every lane."""
+    return ir.Constant(kind, [value] * kind.count) if isinstance(kind, ir.VectorType) else kind(value)
 
 
-def _word(
-    f: Function, digit: Callable[[int, ir.Value], ir.Value], digits: int, number: int, first: ir.Value, k: ir.Value
-) -> ir.Value:
-    """Word `number` of those that begin at place `first` along K; `digit(i, place)` is an i32, and 0 beyond K."""
-    b = f.builder
-    halves = []
-    for position in (2 * number, 2 * number + 1):
-        further, i = divmod(position, digits)
-        place = b.add(first, I64(further))
-        if not further:
-            halves.append(digit(i, place))
-            continue
-        inside = b.icmp_signed("<", place, k)
-        halves.append(b.select(inside, digit(i, lowest(f, place, b.sub(k, I64(1)))), I32(0)))
-    return b.or_(b.and_(halves[0], I32(0xFFFF)), b.shl(halves[1], I32(16)))
-
-
-def _stride(digits: int) -> tuple[int, int]:
-    """(places along K, words) that make up a whole number of words."""
-    return (1, digits // 2) if digits % 2 == 0 else (2, digits)
+def transposed(f: Function, vectors: Sequence[ir.Value]) -> list[ir.Value]:
+    """As many vectors as they have lanes, the other way round: halves change places, then quarters, down to lanes."""
+    found, count = list(vectors), len(vectors)
+    distance = count // 2
+    while distance:
+        for i in range(count):
+            if not i & distance:
+                low = [e if not e & distance else count + e - distance for e in range(count)]
+                high = [e + distance if not e & distance else count + e for e in range(count)]
+                pair = found[i], found[i + distance]
+                found[i], found[i + distance] = (
+                    f.builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(I32, count), chosen))
+                    for chosen in (low, high)
+                )
+        distance //= 2
+    return found
 
 
 @cache
 def pack_right(*, along: str, given: int, chosen: tuple[Combination, ...]) -> str:
-    """A module `pack`(first, end panel; sources..., target, sizes) of a batch of B's digits as combinations."""
+    """A module `pack`(first, end panel; sources..., target, sizes) of a batch of B's digits as combinations.
+
+    `along` is "k", "other" (B's columns) or neither: the axis along which digits are neighbours.
+    """
     f = Function("pack_body", [I64, I64, *[POINTER] * (given + 2)])
     first, end, *pointers, target, sizes = f.arguments
-    b = f.builder
-    k, n = read_sizes(f, sizes, 2)
-    digits, wide = len(chosen), panel_columns()
-    step, made = _stride(digits)
-    steps = b.sdiv(b.add(k, I64(step - 1)), I64(step))
-    whole = b.sdiv(b.add(b.mul(k, I64(digits)), I64(1)), I64(2))
-    count = b.sdiv(b.add(n, I64(wide - 1)), I64(wide))
+    b, wide, vector = f.builder, panel_columns(), lanes()
+    digits = _Digits(f, sizes, along, chosen)
+    count = b.sdiv(b.add(digits.other, I64(wide - 1)), I64(wide))
     with f.loop(first, end) as (number, _):
-        read = _sources(f, pointers, sizes, b.sdiv(number, count), along, "n")
+        digits.open(pointers, b.sdiv(number, count))
         column = b.mul(b.srem(number, count), I64(wide))
-        columns = lowest(f, b.sub(n, column), I64(wide))
-        base = f.at(target, b.mul(number, b.mul(whole, I64(wide))), I32)
-        with f.loop(0, steps) as (group, _):
-            place = b.mul(group, I64(step))
-            for word in range(made):
-                at = b.add(b.mul(group, I64(made)), I64(word))
-                row = f.at(base, b.mul(at, I64(wide)), I32)
-                with b.if_then(b.icmp_signed("<", at, whole)):
-                    with f.loop(0, columns, vectorised=along == "n") as (j, _):
-                        here = b.add(column, j)
+        columns = lowest(f, b.sub(digits.other, column), I64(wide))
+        base = f.at(target, b.mul(number, b.mul(digits.words, I64(wide))), I32)
 
-                        def combined(i: int, at: ir.Value, here: ir.Value = here) -> ir.Value:
-                            parts = [b.shl(read(source, at, here), I32(shift)) for source, shift in chosen[i]]
-                            total = I32(0)
-                            for part in parts:
-                                total = b.add(total, part)
-                            return total
+        def row(group: ir.Value, word: int) -> ir.Value:
+            return f.at(base, b.mul(digits.place(word, group), I64(wide)), I32)
 
-                        f.store(_word(f, combined, digits, word, place, k), row, j)
-                    with f.loop(columns, wide) as (j, _):
-                        f.store(I32(0), row, j)
+        done: ir.Value = I64(0)
+        if along == "k":
+            whole = b.icmp_signed("==", columns, I64(wide))
+            done = b.select(whole, b.mul(b.sdiv(digits.full, I64(vector)), I64(vector)), I64(0))
+            with f.loop(0, done, step=vector) as (group, _):
+                for part in range(wide // vector):
+                    made = digits.block(group, b.add(column, I64(part * vector)))
+                    for word, vectors in enumerate(made):
+                        for further, value in enumerate(transposed(f, vectors)):
+                            place = f.at(row(b.add(group, I64(further)), word), part * vector, I32)
+                            b.store(value, place, align=4)
+        with f.loop(done, digits.groups) as (group, _):
+            for word in range(digits.made):
+                with f.loop(0, columns) as (j, _):
+                    f.store(digits.word(word, group, b.add(column, j)), row(group, word), j)
+                with f.loop(columns, wide) as (j, _):
+                    f.store(I32(0), row(group, word), j)
     b.ret(I32(0))
     return entry("pack", f, given + 2)
 
@@ -185,43 +265,44 @@ def pack_right(*, along: str, given: int, chosen: tuple[Combination, ...]) -> st
 def pack_left(*, along: str, digits: int) -> str:
     """A module `pack`(first, end block; sources..., target, ranges, sizes) of a batch of A's digits, row by row.
 
-    `ranges` is i32 [matrix][m][2]: the first word with a digit, rounded down to a vector, and the end of the last one.
+    `along` is "k", "other" (A's rows) or neither. `ranges` is i32 [matrix][m][2]: the first word with a digit, rounded
+    down to a vector, and the end of the last one.
     """
     f = Function("pack_body", [I64, I64, *[POINTER] * (digits + 3)])
     first, end, *pointers, target, ranges, sizes = f.arguments
-    b = f.builder
-    k, m = read_sizes(f, sizes, 2)
-    step, made = _stride(digits)
-    steps = b.sdiv(b.add(k, I64(step - 1)), I64(step))
-    whole = b.sdiv(b.add(b.mul(k, I64(digits)), I64(1)), I64(2))
-    stride = b.mul(b.sdiv(b.add(whole, I64(ALIGNED - 1)), I64(ALIGNED)), I64(ALIGNED))
+    b, vector = f.builder, lanes()
+    read = _Digits(f, sizes, along, [((i, 0),) for i in range(digits)])
+    m = read.other
+    stride = b.mul(b.sdiv(b.add(read.words, I64(ALIGNED - 1)), I64(ALIGNED)), I64(ALIGNED))
     count = b.sdiv(b.add(m, I64(BLOCK - 1)), I64(BLOCK))
     with f.loop(first, end) as (number, _):
         which = b.sdiv(number, count)
-        read = _sources(f, pointers, sizes, which, along, "m")
+        read.open(pointers, which)
         start = b.mul(b.srem(number, count), I64(BLOCK))
         stop = lowest(f, b.add(start, I64(BLOCK)), m)
         origin = b.mul(which, m)
 
-        def put(row: ir.Value, group: ir.Value) -> None:
-            place = b.mul(group, I64(step))
-            line = f.at(target, b.mul(b.add(origin, row), stride), I32)
-            for word in range(made):
-                value = _word(f, lambda i, at: read(i, at, row), digits, word, place, k)
-                f.store(value, line, b.add(b.mul(group, I64(made)), I64(word)))
+        def place(row: ir.Value, group: ir.Value, word: int) -> ir.Value:
+            return f.at(target, b.add(b.mul(b.add(origin, row), stride), read.place(word, group)), I32)
 
-        if along == "k":
-            with f.loop(start, stop) as (row, _), f.loop(0, steps, vectorised=True) as (group, _):
-                put(row, group)
-        else:
-            with f.loop(0, steps) as (group, _), f.loop(start, stop) as (row, _):
-                put(row, group)
+        done: ir.Value = I64(0)
+        if along == "other":
+            whole = b.icmp_signed("==", b.sub(stop, start), I64(BLOCK))
+            done = b.select(whole, b.mul(b.sdiv(read.full, I64(vector)), I64(vector)), I64(0))
+            with f.loop(0, done, step=vector) as (group, _):
+                for part in range(0, BLOCK, vector):
+                    for word, made in enumerate(read.block(group, b.add(start, I64(part)))):
+                        for r, value in enumerate(made):
+                            b.store(value, place(b.add(start, I64(part + r)), group, word), align=4)
+        with f.loop(start, stop) as (row, _), f.loop(done, read.groups) as (group, _):
+            for word in range(read.made):
+                b.store(read.word(word, group, row), place(row, group, word))
         with f.loop(start, stop) as (row, _):
             line = b.add(origin, row)
             base = f.at(target, b.mul(line, stride), I32)
-            with f.loop(whole, stride) as (at, _):
+            with f.loop(read.words, stride) as (at, _):
                 f.store(I32(0), base, at)
-            _scan(f, base, stride, whole, f.at(ranges, b.mul(line, I64(2)), I32))
+            _scan(f, base, stride, read.words, f.at(ranges, b.mul(line, I64(2)), I32))
     b.ret(I32(0))
     return entry("pack", f, digits + 3)
 

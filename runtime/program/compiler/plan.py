@@ -174,14 +174,14 @@ class _Planner:
         if lefts not in self.words:
             across = [(s[1], s[0]) for s in strides[:count]]
             made = self._new("i32", batch * m * pairs.row_words(k, count)), self._new("i32", batch * m * 2)
-            text = pairs.pack_left(along=_along(across, "m"), digits=count)
+            text = pairs.pack_left(along=_along(across, "other"), digits=count)
             size = (batch * -(-m // pairs.BLOCK), batch * m * k)
             self._pack_words(text, size, lefts, made, pairs.pack_sizes(k=k, n=m, sources=_lie(lefts, across)), steps)
             self.words[lefts] = made
         if (rights, chosen) not in self.packs:
             panels = batch * pairs.panels(n)
             right = self._new("i32", panels * pairs.words(k, count) * pairs.panel_columns())
-            text = pairs.pack_right(along=_along(strides[count:], "n"), given=len(rights), chosen=chosen)
+            text = pairs.pack_right(along=_along(strides[count:], "other"), given=len(rights), chosen=chosen)
             sizes = pairs.pack_sizes(k=k, n=n, sources=_lie(rights, strides[count:]))
             self._pack_words(text, (panels, batch * k * n), rights, (right,), sizes, steps)
             self.packs[rights, chosen] = right
