@@ -57,8 +57,8 @@ class HostProfile:
     """What was measured on a host, by kind of block.
 
     `memory` bytes in all; `loss` seconds a micro-batch; `update` seconds per million elements for norm, update and
-    hashes; `bandwidth` bytes/s and `latency` seconds to peers; `gops` 10^9 digit operations a second; `measured` in
-    seconds since 1970.
+    hashes; `start` seconds that the first micro-batch takes longer than others, for plans and kernels; `bandwidth`
+    bytes/s and `latency` seconds to peers; `gops` 10^9 digit operations a second; `measured` in seconds since 1970.
     """
 
     host: str
@@ -67,6 +67,7 @@ class HostProfile:
     kinds: tuple[KindProfile, ...]
     loss: float
     update: float
+    start: float
     bandwidth: float
     latency: float
     gops: float
@@ -110,6 +111,7 @@ def measure(
         kinds=tuple(timer.kind(kind) for kind in program.kinds),
         loss=timer.loss(program.loss),
         update=timer.update(program),
+        start=timer.start,
         bandwidth=BANDWIDTH,
         latency=LATENCY,
         gops=product_rate(made),
@@ -126,6 +128,8 @@ class _Timer:
 
     def __init__(self, executor: Executor, repeats: int, clock: Callable[[], float]) -> None:
         self._executor, self._repeats, self._clock = executor, repeats, clock
+        self.start = 0.0
+        """Seconds that the first time of everything took longer than others."""
 
     def kind(self, kind: KindSpec) -> KindProfile:
         """One kind of block as `StageWorker` runs it."""
@@ -137,6 +141,7 @@ class _Timer:
             self._executor.forget()
             first = sum(self._pass(kind, given, dy, parameters)[:2])
             before, after, handed = self._pass(kind, given, dy, parameters)
+            self.start += max(0.0, first - before - after) if not number else 0.0
             if number:  # the first compiles
                 forward.append(before)
                 backward.append(after)
@@ -196,7 +201,9 @@ class _Timer:
             started = self._clock()
             action()
             spent.append(self._clock() - started)
-        return statistics.median(spent[1:])
+        usual = statistics.median(spent[1:])
+        self.start += max(0.0, spent[0] - usual)
+        return usual
 
 
 def made_up(t: Type, name: str) -> np.ndarray:

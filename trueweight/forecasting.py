@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from runtime.executors import Make
@@ -32,10 +33,12 @@ def forecast_report(
     if not segments:
         raise UsageError(f"run {name}: expected a committed segment, got none yet; wait for the first one")
     selection = select(choice, history, candidates(choice, history, segments))
-    material = Material.read(store, history.run)
+    began = perf_counter()
+    material, executing = Material.read(store, history.run), make(threads)
+    start = perf_counter() - began
     program, feed = material.program, material.feed
     profile = cached(program, make, executor=executor, threads=threads, folder=Path(FOLDER).expanduser(), tell=tell)
-    rates = measure_rates(make(threads), program, feed.recipe.seed)
+    rates = measure_rates(executing, program, feed.recipe.seed)
     rows: list[dict[str, Any]] = []
     forecasts: list[Forecast] = []
     for piece in selection.pieces:
@@ -53,9 +56,10 @@ def forecast_report(
         "threads": profile.threads,
         "seed": selection.seed,
         "beacon": selection.beacon.hex() or None,
+        "start": start + profile.start,
         "pieces": rows,
         "of": selection.candidates,
-        "seconds": sum(made.seconds for made in forecasts),
+        "seconds": start + profile.start + sum(made.seconds for made in forecasts),
         "memory": max((made.memory for made in forecasts), default=0),
         "read": sum(made.read for made in forecasts),
     }
@@ -89,8 +93,9 @@ def print_forecast(tell: Callable[[str], None], told: dict[str, Any]) -> None:
     present = {key: head for key, head in columns.items() if any(key in row for row in told["pieces"])}
     tell(table(told["pieces"], present))
     tell(
-        f"would take {told['seconds']:.1f} s (executor {told['executor']}, threads {told['threads']}), at most "
-        f"{told['memory'] / 1e9:.2f} GB of memory, and read {told['read'] / 1e6:.0f} MB of state before compression"
+        f"would take {told['seconds']:.1f} s, {told['start']:.1f} of them to begin (executor {told['executor']}, "
+        f"threads {told['threads']}), at most {told['memory'] / 1e9:.2f} GB of memory, and read "
+        f"{told['read'] / 1e6:.0f} MB of state before compression"
     )
     if told["seed"] is not None:
         tell(f"the same draw: --seed {told['seed']}")

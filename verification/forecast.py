@@ -3,7 +3,8 @@
 A segment costs its steps on one host: `B (t + loss) + prepare + elements x update` each, and a forward pass of every
 validation batch. A worker's units go forward through all blocks, and forward and backward from the last one to the
 first of its stage, with each block's weights read once on the way there and once on the way back (`unit_replay`).
-What a store takes to send bytes is not known here; what it takes to decompress and hash them is measured.
+What a store takes to send bytes is not known here; what it takes to decompress and hash them is measured. Plans and
+kernels of the first micro-batch (`HostProfile.start`) count once for all that is replayed in a process.
 """
 
 import math

@@ -191,7 +191,9 @@ def test_a_dry_run_draws_as_the_audit_does_and_says_what_it_takes(
             (row["index"], row.get("worker")) for row in made["segments"]
         ]
         assert foreseen["of"] == made["sample"]["candidates"]
-        assert foreseen["seconds"] == pytest.approx(sum(row["seconds"] for row in foreseen["pieces"]))
+        pieces = sum(row["seconds"] for row in foreseen["pieces"])
+        assert foreseen["seconds"] == pytest.approx(foreseen["start"] + pieces)
+        assert foreseen["start"] > 0
         units = [row["units"] for row in foreseen["pieces"] if "units" in row]
         assert units == [row["units_replayed"] for row in made["segments"] if "units_replayed" in row]
     assert len(list(tmp_path.iterdir())) == 1  # the profile is kept
