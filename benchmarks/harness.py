@@ -37,6 +37,7 @@ RELATIONS: dict[Relation, Callable[[float, float], bool]] = {
     ">": operator.gt,
 }
 MISSED = 1  # exit code of a benchmark that ran and missed a goal
+INTERRUPTED = 130  # and of one that Ctrl-C ended
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,23 +91,36 @@ def main(
     add_options: AddOptions | None = None,
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Runs one benchmark and prints its rows. Exit code 0, 1 where a goal is missed, 64 or 70 after an error."""
+    """Runs one benchmark and prints its rows. Exit code 0, 1 where a goal is missed, 64 or 70 after an error.
+
+    Rows that were measured before an error, or before Ctrl-C (exit code 130), are printed too.
+    """
     headline = first_line(about)
     parser = Parser(description=headline)
     parser.add_argument("--json", action="store_true", help="rows of name, value, unit, goal, met instead of a table")
     if add_options is not None:
         add_options(parser)
+    rows: list[Row] = []
+    code = 0
     try:
         given = parser.parse_args(arguments)
-        rows = list(measure(given))
-    except TrueweightError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    if given.json:
-        print(json.dumps([row.data() for row in rows], indent=1))
-    else:
-        Console().print(table(rows, headline))
-    return MISSED if any(row.met is False for row in rows) else 0
+    try:
+        rows.extend(measure(given))
+    except TrueweightError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    if rows or not code:
+        if given.json:
+            print(json.dumps([row.data() for row in rows], indent=1))
+        else:
+            Console().print(table(rows, headline))
+    return code or (MISSED if any(row.met is False for row in rows) else 0)
 
 
 def table(rows: Iterable[Row], title: str) -> Table:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.harness import Goal, Relation, Row, benchmarks, main
-from storage.errors import UsageError
+from storage.errors import FailureError, UsageError
 
 
 def two_rows(_: argparse.Namespace) -> Iterator[Row]:
@@ -54,6 +54,18 @@ def test_a_missed_goal_is_exit_code_1(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(one_miss, "Roots.", add_options=roots_option, arguments=[]) == 1
     assert main(one_miss, "Roots.", add_options=roots_option, arguments=["--roots", "1"]) == 0
     assert "no" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("error", "code"), [(FailureError("no disk; free some"), 70), (KeyboardInterrupt(), 130)])
+def test_rows_before_an_error_are_kept(error: BaseException, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def half(_: argparse.Namespace) -> Iterator[Row]:
+        yield Row(name="first", value=1, unit="s")
+        raise error
+
+    assert main(half, "Half.", arguments=["--json"]) == code
+    told = capsys.readouterr()
+    assert [row["name"] for row in json.loads(told.out)] == ["first"]
+    assert ("no disk" in told.err) == (code == 70)
 
 
 def test_errors_keep_their_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -699,9 +699,11 @@ contract Handler {
     // ------------------------------------------------------------------------------------------------------- calls
 
     /// @dev A call of the ledger. Its refusal is ours, if it is one of the ledger's own; and nobody else has less afterwards.
+    /// Coins outside of the ledger are nobody's concern here, and forge has taken them from an account before.
     function _send(address sender, bytes memory data, uint256 value) private {
         address other = people[(data.length + time + height) % people.length];
         (uint256 coins, uint256 tokens) = (ledger.balanceOf(address(0), other), ledger.balanceOf(address(token), other));
+        if (sender.balance < value) vm.deal(sender, 1e18);
         vm.prank(sender);
         (bool done, bytes memory result) = address(ledger).call{value: value}(data);
         if (!done) {

@@ -103,10 +103,9 @@ def pack_sizes(*, k: int, n: int, sources: Sequence[tuple[int, Atoms, tuple[int,
 
 
 class _Digits:
-    """Digits of one matrix of the sources, read as i32; `along` names the axis whose stride is 1, if any.
+    """Words of one matrix of the sources: `halves` says what each half is made of; `along` is the axis of stride 1.
 
-    Places along K are counted in groups of `step`, the fewest that make up whole words: `made` of them. `combined(i,
-    digit)` is what a word's half holds for digit i of A, from `digit(source)`.
+    Places along K are counted in groups of `step`, the fewest that make up whole words, which are `made` words.
     """
 
     def __init__(self, f: Function, sizes: ir.Value, along: str, halves: Sequence[Combination]) -> None:
