@@ -39,8 +39,8 @@ TILES = (6, 2, 1)
 """Rows of A that a tile takes: as many as accumulators allow, then what is left."""
 BLOCK = 16
 """Rows of A that are packed at once."""
-STRIP = 16 * TILES[0]
-"""Rows of A that go through all panels before the next ones do: they stay in a near cache meanwhile."""
+STRIP = 64 * TILES[0]
+"""Rows of A that go through all panels before the next ones do: they stay in a cache meanwhile."""
 MADD = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
 ALIGNED = 16
 """Words that a packed row of A is a multiple of."""
