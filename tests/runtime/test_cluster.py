@@ -167,8 +167,18 @@ class Nodes:
             time.sleep(0.1)
 
     def head(self) -> None:
-        options = [f"--port={self.port}", "--include-dashboard=false", f"--ray-client-server-port={free_port()}"]
-        self.wait("head", self.start("head", "--head", *options))
+        """The first node. Ray gives it 30 s to come up, which a busy machine may not: then once more."""
+        for attempt in range(2):
+            options = [f"--port={self.port}", "--include-dashboard=false", f"--ray-client-server-port={free_port()}"]
+            process = self.start("head", "--head", *options)
+            try:
+                self.wait("head", process)
+                return
+            except AssertionError as error:
+                if attempt or "timed out during startup" not in str(error):
+                    raise
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
     def other(self, name: str) -> None:
         options = [f"--address={self.address}", f"--dashboard-agent-listen-port={free_port()}"]
