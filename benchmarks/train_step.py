@@ -50,6 +50,8 @@ class Shape:
     goals: tuple[tuple[str, float], ...]
 
 
+SLOW = ("compile", "bfloat16")
+"""The sides that may be left out."""
 SMALL = (("eager float32", 1.5), ("torch.compile float32", 1.2), ("eager bfloat16", 0.7))
 SHAPES = {
     "gpt-256": Shape(
@@ -197,7 +199,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", default="1,2", help="thread counts (default: 1,2)")
     parser.add_argument("--steps", type=int, default=5, help="measured steps after two that warm up")
     parser.add_argument("--dropout", type=float, default=0.0, help="on all sides; the recipes have 0.1 (default: none)")
-    parser.add_argument("--without", default="", help="leave out compile, bfloat16 or both: they take minutes")
+    parser.add_argument("--without", default="", help="leave out some of compile,bfloat16: they take minutes")
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[Row]:
@@ -206,11 +208,19 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     for name in names:
         if name not in SHAPES:
             raise UsageError(f"--shapes {name}: expected some of {','.join(SHAPES)}; correct it")
+    for name in without(arguments):
+        if name not in SLOW:
+            raise UsageError(f"--without {name}: expected some of {','.join(SLOW)}; correct it")
     for name in names:
         run = lowered(recipe_of(SHAPES[name], arguments.dropout))
         for threads in map(int, arguments.threads.split(",")):
             label = f"{name}, dropout {arguments.dropout:g}" if arguments.dropout else name
             yield from measure_one(label, SHAPES[name], run, threads, arguments)
+
+
+def without(arguments: argparse.Namespace) -> list[str]:
+    """The sides to leave out."""
+    return [name for name in arguments.without.split(",") if name]
 
 
 def measure_one(name: str, shape: Shape, run: Lowered, threads: int, arguments: argparse.Namespace) -> Iterator[Row]:
@@ -231,9 +241,10 @@ def measure_one(name: str, shape: Shape, run: Lowered, threads: int, arguments: 
         return peer(recipe, chain_of(recipe, run.dataset), start, run, compiled=compiled, half=half)
 
     sides: dict[str, Step] = {"exact": ours, "eager float32": make()}
-    if "bfloat16" not in arguments.without:
+    left_out = without(arguments)
+    if "bfloat16" not in left_out:
         sides["eager bfloat16"] = make(half=True)
-    if "compile" not in arguments.without:
+    if "compile" not in left_out:
         sides["torch.compile float32"] = make(compiled=True)
     times: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(arguments.steps + 2):

@@ -112,26 +112,17 @@ def audit_command(
     if follow and (rate is None or choice.of_units or (poll is not None and poll <= 0)):
         raise UsageError("--follow: expected --rate R, whole segments and a --poll above 0; correct these options")
     remote = workers != 1 or address is not None
-    if workers < 1 or (remote and (follow or choice.of_units)):
+    if dry_run and (follow or remote or pinpoint or html or junit_file):
         raise UsageError(
-            f"--workers {workers}: expected at least 1, and segments of a run that is not followed; drop --workers "
-            f"and --address, or --follow, --unit, --units and --strategy"
+            "--dry-run: expected only what to audit, --executor, --threads and --json with it; drop the others"
         )
-    for file in (html, junit_file):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise UsageError(f"{file}: expected a folder to write it in, got none; make the folder first")
+    _check_places(workers, remote and (follow or choice.of_units), (html, junit_file))
     objects = wiring.open_folder(store, create=False)
     if dry_run:
-        if follow or remote or pinpoint or html or junit_file:
-            raise UsageError(
-                "--dry-run: expected only what to audit, --executor, --threads and --json with it; drop the others"
-            )
         foreseen = forecast_report(
             objects, name, choice, make=make, executor=executor, threads=threads, tell=teller(console)
         )
-        if as_json:
-            return print_json(foreseen)
-        print_forecast(teller(console), foreseen)
+        _tell(console, foreseen, print_forecast, as_json)
         return 0
     observe = teller(console) if as_json or console.is_terminal else lambda _: None
     auditor = Auditor(
@@ -149,10 +140,7 @@ def audit_command(
     told = reports.audited_report(audited)
     if pinpoint:
         told["divergence"] = _divergence(auditor, audited, make, threads, teller(console))
-    if as_json:
-        print_json(told)
-    else:
-        print_audit(teller(console), told)
+    _tell(console, told, print_audit, as_json)
     if html is not None:
         write_whole(html, audit_page(_run(objects, name), told, told.get("divergence")).encode())
     if junit_file is not None:
@@ -193,6 +181,18 @@ def _one_way(ways: dict[str, object]) -> None:
             f"audit: expected one of --all, --segments 3,7, --unit 3:s0r1, --sample 2 and --rate 0.1, got "
             f"{' and '.join(given)}; drop the others"
         )
+
+
+def _check_places(workers: int, refused: bool, files: Sequence[Path | None]) -> None:
+    """UsageError where there can be no such workers, or a report has no folder."""
+    if workers < 1 or refused:
+        raise UsageError(
+            f"--workers {workers}: expected at least 1, and segments of a run that is not followed; drop --workers "
+            f"and --address, or --follow, --unit, --units and --strategy"
+        )
+    for file in files:
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UsageError(f"{file}: expected a folder to write it in, got none; make the folder first")
 
 
 def _goes_with(options: dict[str, object], allowed: bool, needed: str) -> None:
@@ -294,6 +294,16 @@ def _run(store: Store, name: str) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------- telling
+
+
+def _tell(
+    console: Console, told: dict[str, Any], show: Callable[[Callable[[str], None], dict[str, Any]], None], as_json: bool
+) -> None:
+    """A report for programs or for people."""
+    if as_json:
+        print_json(told)
+    else:
+        show(teller(console), told)
 
 
 def print_audit(tell: Callable[[str], None], told: dict[str, Any]) -> None:

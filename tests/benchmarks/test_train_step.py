@@ -19,10 +19,13 @@ TINY = Shape(
 )
 
 
-def test_an_unknown_shape_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(measure, train_step.__doc__, add_options=add_options, arguments=["--shapes", "gpt-3"])
+@pytest.mark.parametrize(
+    ("option", "value", "known"), [("--shapes", "gpt-3", "gpt-256"), ("--without", "bf", "compile")]
+)
+def test_what_is_unknown_is_refused(option: str, value: str, known: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(measure, train_step.__doc__, add_options=add_options, arguments=[option, value])
     assert code == UsageError.exit_code
-    assert "--shapes gpt-3: expected some of gpt-256" in capsys.readouterr().err
+    assert f"{option} {value}: expected some of {known}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

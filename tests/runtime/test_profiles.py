@@ -56,7 +56,19 @@ def test_medians_by_the_clock(program: TrainingProgram) -> None:
     ticks = iter(range(10**6))
     made = measure(program, reference, executor="reference", threads=1, repeats=2, clock=lambda: float(next(ticks)))
     assert {(kind.forward, kind.backward, kind.prepare) for kind in made.kinds} == {(1.0, 1.0, 0.0)}
-    assert made.loss == 1.0
+    assert (made.loss, made.start) == (1.0, 0.0)
+
+
+def test_what_the_first_time_takes_longer_is_the_start(program: TrainingProgram) -> None:
+    spent = [0.0]
+
+    def late() -> float:
+        """A clock whose second reading is late: the first pass of the first kind."""
+        spent.append(spent[-1] + (31.0 if len(spent) == 2 else 1.0))
+        return spent[-1]
+
+    made = measure(program, reference, executor="reference", threads=1, repeats=2, clock=late)
+    assert made.start == 30.0
 
 
 def test_the_model_is_the_program_with_seconds(program: TrainingProgram, measured: HostProfile) -> None:

@@ -25,6 +25,7 @@ from runtime.program.compiler.matrices import (
     highest,
     lowest,
     matrix,
+    panel_columns,
     read_sizes,
     splat,
     store_row,
@@ -50,11 +51,6 @@ def lanes() -> int:
     """i32 lanes of this processor's vectors; 0 where it has no such instruction."""
     found = features()
     return next((n for n, name in ((16, "avx512bw"), (8, "avx2"), (4, "sse2")) if name in found), 0)
-
-
-def panel_columns() -> int:
-    """Columns of B in a panel: what sixteen registers allow, or thirty-two."""
-    return lanes() * (4 if lanes() == 16 else 2)
 
 
 def madd(f: Function, x: ir.Value, y: ir.Value) -> ir.Value:
@@ -88,7 +84,7 @@ def row_words(k: int, digits: int) -> int:
 
 def panels(n: int) -> int:
     """Panels of n columns."""
-    return -(-n // panel_columns())
+    return -(-n // panel_columns(lanes()))
 
 
 # ------------------------------------------------------------------------------------------------------------- packing
@@ -227,7 +223,7 @@ def pack_right(*, along: str, given: int, chosen: tuple[Combination, ...]) -> st
     """
     f = Function("pack_body", [I64, I64, *[POINTER] * (given + 2)])
     first, end, *pointers, target, sizes = f.arguments
-    b, wide, vector = f.builder, panel_columns(), lanes()
+    b, wide, vector = f.builder, panel_columns(lanes()), lanes()
     digits = _Digits(f, sizes, along, chosen)
     count = b.sdiv(b.add(digits.other, I64(wide - 1)), I64(wide))
     with f.loop(first, end) as (number, _):
@@ -342,7 +338,7 @@ def product() -> str:
     """
     f = Function("product_body", [I64, I64, *[POINTER] * 5])
     first, end, a, ranges, right, c, sizes = f.arguments
-    b, wide = f.builder, panel_columns()
+    b, wide = f.builder, panel_columns(lanes())
     m, n, whole, stride = read_sizes(f, sizes, 4)
     count = b.sdiv(b.add(n, I64(wide - 1)), I64(wide))
     total = b.sdiv(b.add(m, I64(TILES[0] - 1)), I64(TILES[0]))
@@ -372,7 +368,7 @@ def _tile(f: Function, height: int, row: ir.Value, column: ir.Value, where: Sequ
     """C[row : row + height, column : column + panel] in vector accumulators."""
     rows, stride, found, columns, out, n = where
     b, wide = f.builder, lanes()
-    vectors = panel_columns() // wide
+    vectors = panel_columns(lanes()) // wide
     kind = ir.VectorType(I32, wide)
     lines = [b.add(row, I64(r)) for r in range(height)]
     ends = [[f.load(found, b.add(b.mul(line, I64(2)), I64(p)), I32) for line in lines] for p in (0, 1)]

@@ -15,7 +15,7 @@ from runtime.program.compiler.axes import View, contiguous, join
 from runtime.program.compiler.fusion import Fusion, Literal, Single, Stage
 from runtime.program.compiler.graph import Graph
 from runtime.program.compiler.loops import Kernel, kernel
-from runtime.program.compiler.matrices import Atoms, fits
+from runtime.program.compiler.matrices import Atoms, fits, panel_columns
 from runtime.program.program import Op
 from runtime.program.types import NUMPY, Type
 
@@ -180,7 +180,7 @@ class _Planner:
             self.words[lefts] = made
         if (rights, chosen) not in self.packs:
             panels = batch * pairs.panels(n)
-            right = self._new("i32", panels * pairs.words(k, count) * pairs.panel_columns())
+            right = self._new("i32", panels * pairs.words(k, count) * panel_columns(pairs.lanes()))
             text = pairs.pack_right(along=_along(strides[count:], "other"), given=len(rights), chosen=chosen)
             sizes = pairs.pack_sizes(k=k, n=n, sources=_lie(rights, strides[count:]))
             self._pack_words(text, (panels, batch * k * n), rights, (right,), sizes, steps)
@@ -251,7 +251,7 @@ class _Planner:
             made = self._new("i8", count * vnni.padded(n) * -(-k // 4) * 4)
             text = vnni.pack(along=_along([along], "n"), right=right)
             numbers = vnni.pack_sizes(k=k, n=n, offset=view.offset, batch=batch, strides=along)
-            size = (count * vnni.padded(n) // vnni.panel_columns(), count * k * n)
+            size = (count * vnni.padded(n) // panel_columns(vnni.lanes()), count * k * n)
             packed = _plain("pack", text, size, (view.buffer,), (made,), numbers)
             self._when(view, steps).append(Loop(packed, "packing"))
             self.packs[view, right] = made

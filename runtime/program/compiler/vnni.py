@@ -25,6 +25,7 @@ from runtime.program.compiler.matrices import (
     highest,
     lowest,
     matrix,
+    panel_columns,
     read_sizes,
     splat,
     store_row,
@@ -43,19 +44,14 @@ def lanes() -> int:
     return next((n for n, name in ((16, "avx512vnni"), (8, "avxvnni")) if name in features()), 0)
 
 
-def panel_columns() -> int:
-    """Columns of B in a panel: what thirty-two registers allow, or sixteen."""
-    return lanes() * (4 if lanes() == 16 else 2)
-
-
 def group_bytes() -> int:
     """Bytes of a panel for one group of four along K."""
-    return 4 * panel_columns()
+    return 4 * panel_columns(lanes())
 
 
 def padded(n: int) -> int:
     """n rounded up to whole panels."""
-    return -(-n // panel_columns()) * panel_columns()
+    return -(-n // panel_columns(lanes())) * panel_columns(lanes())
 
 
 def dot(f: Function, total: ir.Value, unsigned: ir.Value, digits: ir.Value) -> ir.Value:
@@ -85,7 +81,7 @@ def pack(*, along: str, right: bool) -> str:
     b = f.builder
     k, n, offset, stride_k, stride_n, *batch = read_sizes(f, sizes, 9)
     stride_k, stride_n = (I64(1) if along == axis else s for axis, s in (("k", stride_k), ("n", stride_n)))
-    wide = panel_columns()
+    wide = panel_columns(lanes())
     groups = b.sdiv(b.add(k, I64(3)), I64(4))
     panels = b.sdiv(b.add(n, I64(wide - 1)), I64(wide))
     flip = I32(-2139062144 if right else 0)  # 0x80808080: adds 128 to each byte
@@ -162,7 +158,7 @@ def scan(*, direct: bool) -> str:
     first, end, a, ranges, sizes = f.arguments
     b = f.builder
     m, k, offset, stride, *batch = read_sizes(f, sizes, 8)
-    wide = panel_columns()
+    wide = panel_columns(lanes())
     panels = b.sdiv(b.add(m, I64(wide - 1)), I64(wide))
     plane = b.mul(panels, I64(wide))
     groups = b.sdiv(b.add(k, I64(3)), I64(4))
@@ -210,7 +206,7 @@ def _scan_panel(f: Function, panel: ir.Value, ranges: ir.Value, groups: ir.Value
     """The same of a packed panel; lanes are rows."""
     b, wide = f.builder, lanes()
     kind = ir.VectorType(I32, wide)
-    for part in range(panel_columns() // wide):
+    for part in range(panel_columns(lanes()) // wide):
         with f.loop(0, groups, carried=[zeros(wide), splat(f, b.trunc(groups, I32), wide), zeros(wide)]) as loop:
             group, state = loop
             total, low, high = state
@@ -261,7 +257,7 @@ def product(*, lefts: tuple[bool, ...], rights: int, levels: Levels) -> str:
     b = f.builder
     m, n, k, *places = read_sizes(f, sizes, 3 + 6 * count)
     groups = b.sdiv(b.add(k, I64(3)), I64(4))
-    wide = panel_columns()
+    wide = panel_columns(lanes())
     panels = b.sdiv(b.add(n, I64(wide - 1)), I64(wide))
     plane = b.mul(b.sdiv(b.add(m, I64(wide - 1)), I64(wide)), I64(wide))
     total = b.sdiv(b.add(m, I64(TILES[0] - 1)), I64(TILES[0]))
@@ -323,7 +319,7 @@ def _tile(
 ) -> None:
     """C[row : row + rows, column : column + panel] in vector accumulators."""
     b, wide = f.builder, lanes()
-    vectors = panel_columns() // wide
+    vectors = panel_columns(lanes()) // wide
     total = [zeros(wide)] * (rows * vectors)
     lines = [b.add(row, I64(r)) for r in range(rows)]
     for pairs, shift in levels:
@@ -342,7 +338,7 @@ def _accumulate(
 ) -> list[ir.Value]:
     """The accumulators with one product of digits added."""
     b, wide = f.builder, lanes()
-    vectors, kind = panel_columns() // wide, ir.VectorType(I32, wide)
+    vectors, kind = panel_columns(lanes()) // wide, ir.VectorType(I32, wide)
     total = list(total)
     low, high = b.trunc(shape.groups, I32), I32(0)
     for r, line in enumerate(lines):
@@ -368,5 +364,5 @@ def _row_offset(f: Function, line: ir.Value, stride: ir.Value | None, shape: _Sh
     b = f.builder
     if stride is not None:
         return b.mul(line, stride)
-    panel, inside = b.sdiv(line, I64(panel_columns())), b.srem(line, I64(panel_columns()))
+    panel, inside = b.sdiv(line, I64(panel_columns(lanes()))), b.srem(line, I64(panel_columns(lanes())))
     return b.add(b.mul(panel, shape.panel_bytes), b.mul(inside, I64(4)))

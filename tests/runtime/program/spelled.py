@@ -42,9 +42,13 @@ def main(kind: str, lanes: int) -> None:
     """Products of one, two and three digits, on odd sizes and layouts."""
     other = {"vnni": pairs, "pairs": vnni}[kind]
     own = {"vnni": vnni, "pairs": pairs}[kind]
-    own.lanes, other.lanes = (lambda: lanes), (lambda: 0)  # type: ignore[assignment]
-    vnni.dot = lambda f, total, x, y: f.builder.add(total, products_of(f, x, y, 8, True))  # type: ignore[assignment]
-    pairs.madd = lambda f, x, y: products_of(f, x, y, 16, False)  # type: ignore[assignment]
+    for module, name, spelled in (
+        (own, "lanes", lambda: lanes),
+        (other, "lanes", lambda: 0),
+        (vnni, "dot", lambda f, total, x, y: f.builder.add(total, products_of(f, x, y, 8, True))),
+        (pairs, "madd", lambda f, x, y: products_of(f, x, y, 16, False)),
+    ):
+        setattr(module, name, spelled)
     executor, reference = CompiledExecutor(2, cache=False), ReferenceExecutor("cpu")
     assert executor.path == {"vnni": products.VNNI, "pairs": products.PAIRS}[kind]
     random = np.random.default_rng(lanes)
@@ -54,7 +58,9 @@ def main(kind: str, lanes: int) -> None:
         a = np.tril(a) if number % 4 == 1 else a
         build, swapped = Builder(), random.integers(0, 2, 2)
         given = [np.ascontiguousarray(x.swapaxes(1, 2)) if s else x for x, s in zip((a, b), swapped, strict=True)]
-        given += [random.standard_normal(x.shape).astype(np.float32) for x in given]
+        ends = np.nextafter(np.float32(1), np.float32(0))  # rounds up to a top digit of 64
+        floats = [random.standard_normal(x.shape).astype(np.float32) for x in given]
+        given += [np.where(x < 0, -ends, ends) for x in floats] if number % 3 == 0 else floats
         dtypes = ("i32", "i32", "f32", "f32")
         values = [build.input(f"{i}", dtypes[i], *x.shape) for i, x in enumerate(given)]
         x, y, u, v = (value.swap() if swapped[i % 2] else value for i, value in enumerate(values))

@@ -1,9 +1,12 @@
 """Machine code: the cache of compiled kernels, products on every path, refusals; what is compiled is tested apart."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 import torch
@@ -14,7 +17,7 @@ from runtime import executors
 from runtime.executors import Announced, compiled
 from runtime.program.builder import Builder
 from runtime.program.compiler import executor as compiler
-from runtime.program.compiler import products
+from runtime.program.compiler import pairs, products, vnni
 from runtime.program.compiler.executor import CompiledExecutor, allocate
 from runtime.program.compiler.runner import clear, combine
 from runtime.program.vectors import FILE, Vector, load
@@ -127,6 +130,27 @@ def test_the_general_paths_agree_and_one_is_chosen() -> None:
         assert products.chosen() == products.VNNI
     else:
         assert products.chosen() == (products.PAIRS if "sse2" in features() else products.fallback())
+
+
+@pytest.mark.parametrize(
+    ("module", "lanes", "processor", "instruction"),
+    [
+        (vnni, 16, "znver4", r"vpdpbusd\s.*%zmm"),
+        (vnni, 8, "alderlake", r"vpdpbusd\s.*%ymm"),
+        (pairs, 16, "skylake-avx512", r"vpmaddwd\s.*%zmm"),
+        (pairs, 8, "haswell", r"vpmaddwd\s.*%ymm"),
+        (pairs, 4, "x86-64", r"pmaddwd\s.*%xmm"),
+    ],
+)
+def test_other_processors_get_the_instruction(
+    module: ModuleType, lanes: int, processor: str, instruction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing runs: LLVM makes their code from the intrinsics that `spelled.py` spells out."""
+    monkeypatch.setattr(module, "lanes", lambda: lanes)
+    arguments = {"lefts": (True,), "rights": 1, "levels": ((((0, 0),), 0),)} if module is vnni else {}
+    text = module.product.__wrapped__(**arguments)
+    target = llvm.Target.from_triple("x86_64-unknown-linux-gnu").create_target_machine(cpu=processor, opt=3)
+    assert re.search(instruction, target.emit_assembly(llvm.parse_assembly(text)))
 
 
 @pytest.fixture
