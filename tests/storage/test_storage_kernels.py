@@ -7,8 +7,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +31,16 @@ def random_bytes(size: int, seed: int = 1) -> bytes:
 
 def slow_leaf_hashes(data: bytes) -> list[bytes]:
     return [sha256(b"\x00" + data[at : at + 4096]).digest() for at in range(0, len(data), 4096)]
+
+
+def needs(feature: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(feature not in features(), reason=f"this processor has no {feature}")
+
+
+def planes_of(data: Any, itemsize: int) -> bytearray:
+    planes = bytearray(memoryview(data).nbytes)
+    kernels.shuffle(data, itemsize, planes)
+    return planes
 
 
 def slow_root(hashes: list[bytes]) -> bytes:
@@ -53,8 +65,20 @@ def fresh() -> Iterator[None]:
 
 def test_this_processor_has_the_kernels_it_can_have() -> None:
     """Else the tests below would pass without any."""
-    assert (kernels._hashing() is not None) == ("sha" in features())
+    assert (kernels._hashing() is not None) == bool(features() & {"avx512bw", "sha", "avx2"})
     assert all(kernels._transposing(size, back) for size in kernels.WIDTHS for back in (False, True))
+
+
+@pytest.mark.parametrize("feature", [pytest.param(name, marks=needs(name)) for name in ("avx512bw", "sha", "avx2")])
+def test_every_form_of_the_hash_is_right_for_any_number_of_messages(feature: str) -> None:
+    """Only one of them is used on a processor."""
+    kernel = kernels._compiled("hashing", partial(kernels._hashing_text, feature), 7, feature)
+    assert kernel is not None
+    for count in (*range(1, 36), 255, 256):
+        data = random_bytes(count * 4096 + count % 3, seed=count)
+        hashes = slow_leaf_hashes(data)
+        assert kernels._fast_leaf_hashes(kernel, memoryview(data)) == b"".join(hashes), count
+        assert kernels._fast_tree_root(kernel, b"".join(hashes)) == slow_root(hashes), count
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -109,7 +133,7 @@ def test_unaligned_buffers(offset: int) -> None:
     assert kernels.leaf_hashes(part) == b"".join(slow_leaf_hashes(bytes(part)))
     even = part[:MIB]
     items = bytearray(len(even) + offset)
-    planes = kernels.shuffle(even, 8)
+    planes = planes_of(even, 8)
     kernels.unshuffle(planes, 8, memoryview(items)[offset:])
     assert items[offset:] == even
 
@@ -122,12 +146,12 @@ def test_read_only_buffers(tmp_path: Path) -> None:
     (tmp_path / "data").write_bytes(data)
     with (tmp_path / "data").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         assert kernels.leaf_hashes(mapped) == b"".join(slow_leaf_hashes(data))
-        assert kernels.shuffle(mapped, 4) == np.frombuffer(data, np.uint8).reshape(-1, 4).T.tobytes()
+        assert planes_of(mapped, 4) == np.frombuffer(data, np.uint8).reshape(-1, 4).T.tobytes()
 
 
 def test_empty_and_strided_buffers() -> None:
     assert kernels.leaf_hashes(np.empty((3, 0, 2)).data) == b""
-    assert kernels.shuffle(np.empty((3, 0, 2)).data, 8) == b""
+    assert planes_of(np.empty((3, 0, 2)).data, 8) == b""
     kernels.unshuffle(b"", 8, np.empty((3, 0, 2)).data)
     with pytest.raises(TypeError, match="contiguous"):
         kernels.leaf_hashes(memoryview(bytes(MIB))[::2])
@@ -137,7 +161,7 @@ def test_empty_and_strided_buffers() -> None:
 @pytest.mark.parametrize("count", ITEM_COUNTS)
 def test_byte_planes(itemsize: int, count: int) -> None:
     data = random_bytes(count * itemsize)
-    planes = kernels.shuffle(data, itemsize)
+    planes = planes_of(data, itemsize)
     assert planes == b"".join(data[byte::itemsize] for byte in range(itemsize))
     items = bytearray(len(data))
     kernels.unshuffle(planes, itemsize, items)
@@ -151,7 +175,7 @@ def test_byte_planes_of_any_number_of_items(count: int, itemsize: int, seed: int
     items = bytearray(len(data))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "LARGE", 0)
-        planes = kernels.shuffle(data, itemsize)
+        planes = planes_of(data, itemsize)
         kernels.unshuffle(planes, itemsize, items)
     assert planes == np.frombuffer(data, np.uint8).reshape(-1, itemsize).T.tobytes()
     assert items == data
@@ -159,13 +183,14 @@ def test_byte_planes_of_any_number_of_items(count: int, itemsize: int, seed: int
 
 def test_byte_planes_refused() -> None:
     with pytest.raises(ValueError, match="expected a multiple of 4 bytes, got 6"):
-        kernels.shuffle(bytes(6), 4)
+        kernels.shuffle(bytes(6), 4, bytearray(6))
     with pytest.raises(ValueError, match="expected a multiple of 4 bytes, got 6"):
         kernels.unshuffle(bytes(6), 4, bytearray(6))
-    with pytest.raises(ValueError, match="expected room for 8 bytes, got 4"):
-        kernels.unshuffle(bytes(8), 4, bytearray(4))
-    with pytest.raises(ValueError, match="got a read-only one"):
-        kernels.unshuffle(bytes(8), 4, memoryview(bytes(8)))
+    for act in (kernels.shuffle, kernels.unshuffle):
+        with pytest.raises(ValueError, match="expected room for 8 bytes, got 12"):
+            act(bytes(8), 4, bytearray(12))
+        with pytest.raises(ValueError, match="got a read-only one"):
+            act(bytes(8), 4, memoryview(bytes(8)))
 
 
 def test_threads_share_the_first_kernel_and_get_the_same(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +205,7 @@ def test_threads_share_the_first_kernel_and_get_the_same(fresh: None, monkeypatc
     frames = [random_bytes(MIB + seed % 3 * 4100, seed) for seed in range(12)]
     with ThreadPoolExecutor(6) as threads:
         roots = list(threads.map(merkle.bytes_root, frames))
-        planes = list(threads.map(lambda frame: kernels.shuffle(frame, 4), frames))
+        planes = list(threads.map(lambda frame: planes_of(frame, 4), frames))
     assert roots == [slow_root(slow_leaf_hashes(frame)) for frame in frames]
     assert planes == [np.frombuffer(frame, np.uint8).reshape(-1, 4).T.tobytes() for frame in frames]
     assert loads == ["hashing", "transposing"]
@@ -191,25 +216,29 @@ import sys
 {before}
 from storage import kernels, merkle
 data = bytes(range(251)) * 2089
-planes = kernels.shuffle(data[:2**18 + 4], 4)
+planes = bytearray(2**18 + 4)
+kernels.shuffle(data[:2**18 + 4], 4, planes)
 items = bytearray(len(planes))
 kernels.unshuffle(planes, 4, items)
 assert items == data[:2**18 + 4]
-print(kernels._hashing() is None, merkle.bytes_root(data).hex(), merkle.bytes_root(planes).hex())
+print(kernels._hashing() is not None, merkle.bytes_root(data).hex(), merkle.bytes_root(planes).hex())
 """
 
 
 @pytest.mark.parametrize(
-    ("environment", "before"),
+    ("environment", "before", "has_kernel"),
     [
-        ({"NUMBA_CPU_NAME": "generic"}, ""),
-        ({"NUMBA_CPU_NAME": "x86-64-v3"}, ""),
-        ({}, "sys.modules['llvmlite.binding'] = None"),
+        ({"NUMBA_CPU_NAME": "generic"}, "", False),
+        ({"NUMBA_CPU_NAME": "x86-64-v2"}, "", False),
+        pytest.param({"NUMBA_CPU_NAME": "x86-64-v3"}, "", True, marks=needs("avx2")),
+        pytest.param({"NUMBA_CPU_NAME": "x86-64-v3", "NUMBA_CPU_FEATURES": "+sha"}, "", True, marks=needs("sha")),
+        pytest.param({"NUMBA_CPU_NAME": "x86-64-v4"}, "", True, marks=needs("avx512bw")),
+        ({}, "sys.modules['llvmlite.binding'] = None", False),
     ],
-    ids=["generic", "x86-64-v3", "no LLVM"],
+    ids=["generic", "x86-64-v2", "x86-64-v3", "x86-64-v3 sha", "x86-64-v4", "no LLVM"],
 )
 def test_other_processors_and_no_compiler_give_the_same(
-    environment: dict[str, str], before: str, tmp_path: Path
+    environment: dict[str, str], before: str, has_kernel: bool, tmp_path: Path
 ) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}
     made = subprocess.run(
@@ -224,7 +253,7 @@ def test_other_processors_and_no_compiler_give_the_same(
     data = bytes(range(251)) * 2089
     planes = np.frombuffer(data[: 2**18 + 4], np.uint8).reshape(-1, 4).T.tobytes()
     roots = [slow_root(slow_leaf_hashes(part)).hex() for part in (data, planes)]
-    assert made.stdout.split() == ["True", *roots]
+    assert made.stdout.split() == [str(has_kernel), *roots]
 
 
 def flipped(kernel: kernels.Kernel, when: Callable[[tuple[int, ...]], bool]) -> kernels.Kernel:
@@ -243,7 +272,7 @@ def flipped(kernel: kernels.Kernel, when: Callable[[tuple[int, ...]], bool]) -> 
 def test_a_kernel_that_hashes_wrongly_is_not_used(halve: int, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     right = kernels._hashing()
     if right is None:
-        pytest.skip("this processor has no SHA instructions")
+        pytest.skip("this processor has no kernel that hashes")
     kernels._hashing.cache_clear()
     wrong = flipped(right, lambda arguments: arguments[1] == halve)
     monkeypatch.setattr(kernels, "_compiled", lambda *of: wrong)
@@ -262,5 +291,5 @@ def test_a_kernel_that_transposes_wrongly_is_not_used(back: bool, fresh: None, m
     planes = np.frombuffer(data, np.uint8).reshape(-1, 8).T.tobytes()
     items = bytearray(MIB)
     kernels.unshuffle(planes, 8, items)
-    assert (kernels.shuffle(data, 8), items) == (planes, data)
+    assert (planes_of(data, 8), items) == (planes, data)
     assert kernels._transposing(8, back) is None
