@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ segment = 1000
 learning_rate = 1e-3
 """
 SLOWNESS = 3.0
+PERIOD = 0.01
+"""Seconds in which a slowed process has its share: a slow machine is slow at everything, and never at a standstill."""
 WARM = 3
 
 
@@ -152,15 +154,36 @@ class Bench:
 
 @contextmanager
 def slowed(process: int) -> Iterator[None]:
-    """A process that has a third of its time."""
+    """A process that has a third of a processor: by a control group where this user may make one, else by signals."""
+    parent = Path("/sys/fs/cgroup/cpu")
+    if not os.access(parent / "cgroup.procs", os.W_OK):
+        with stopped_in_turns(process):
+            yield
+        return
+    group = parent / f"trueweight-{process}"
+    group.mkdir()
+    try:
+        (group / "cpu.cfs_period_us").write_text(f"{PERIOD * 1e6:.0f}")
+        (group / "cpu.cfs_quota_us").write_text(f"{PERIOD * 1e6 / SLOWNESS:.0f}")
+        (group / "cgroup.procs").write_text(str(process))
+        yield
+    finally:
+        with suppress(OSError):  # it has ended
+            (parent / "cgroup.procs").write_text(str(process))
+        group.rmdir()
+
+
+@contextmanager
+def stopped_in_turns(process: int) -> Iterator[None]:
+    """A process that is stopped two thirds of the time."""
     end = threading.Event()
 
     def duty() -> None:
         while not end.is_set():
             os.kill(process, signal.SIGSTOP)
-            time.sleep(0.1 * (SLOWNESS - 1) / SLOWNESS)
+            time.sleep(PERIOD * (SLOWNESS - 1) / SLOWNESS)
             os.kill(process, signal.SIGCONT)
-            time.sleep(0.1 / SLOWNESS)
+            time.sleep(PERIOD / SLOWNESS)
 
     thread = threading.Thread(target=duty)
     thread.start()

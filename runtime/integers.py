@@ -1,6 +1,6 @@
 """Sums of int64 arrays that are exact whatever the order, or an error (docs/arithmetic.md, gradients)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,11 +23,6 @@ class ExactSum:
         self.value = value
         self.bound = _magnitude(value) if bound is None else bound
         self.carry = carry
-
-    @classmethod
-    def zeros(cls, size: int) -> "ExactSum":
-        """A sum of nothing, of `size` elements."""
-        return cls(np.zeros(size, np.int64), bound=0)
 
     def takes(self, bound: int) -> bool:
         """Whether a part of magnitudes up to `bound` may be added to `value` directly; if so it is counted in."""
@@ -66,12 +61,12 @@ class ExactSum:
         return self.value
 
 
-def sum_exactly(parts: Iterable[ExactSum], size: int) -> ExactSum:
-    """The sum of the parts, each of `size` elements; a single part itself."""
-    parts = list(parts)
+def sum_exactly(parts: Sequence[ExactSum], room: np.ndarray) -> ExactSum:
+    """The sum of the parts in `room`, int64 of their size; a single part itself."""
     if len(parts) == 1:
         return parts[0]
-    total = ExactSum.zeros(size)
+    room.fill(0)
+    total = ExactSum(room, bound=0)
     for part in parts:
         total.add(part)
     return total

@@ -77,6 +77,8 @@ class StageWorker:
         """Digests of what came in and went out for each micro-batch of `_step`."""
         self._step = -1
         self._totals: dict[Chunk, Any] = {}
+        self._rooms: dict[Chunk, np.ndarray] = {}
+        """Memory for totals, which the system would have to clear anew each step."""
         self._gradient_root = merkle.EMPTY_ROOT
         self._sum_roots: dict[Chunk, bytes] = {}
         self._sealed = False
@@ -360,11 +362,13 @@ class StageWorker:
         exponents = []
         self._totals = {}
         owned = self._layout.owned(self._id)
+        rooms, self._rooms = self._rooms, {}
         for chunk in owned:
             length = self._layout.length(chunk)
             parts = [bundle[chunk] for bundle in bundles if chunk in bundle]
+            room = self._rooms[chunk] = rooms.pop(chunk) if chunk in rooms else np.empty(length, np.int64)
             with at(f"step {step}/reduce/{self._place(chunk)}"):
-                self._totals[chunk] = self._executor.put(sum_exactly(parts, length).total())
+                self._totals[chunk] = self._executor.put(sum_exactly(parts, room).total())
                 (exponent,) = self._executor.run(self._program.exponent_program(length), [self._totals[chunk]])
             exponents.append(int(self._executor.get(exponent)))
         self._exponent = max(exponents, default=0)

@@ -182,7 +182,7 @@ class UnitReplay:
 
     def _sum(self, name: str) -> ExactSum:
         if name not in self._sums:
-            self._sums[name] = ExactSum.zeros(self._sizes[name])
+            self._sums[name] = ExactSum(np.zeros(self._sizes[name], np.int64), bound=0)
         return self._sums[name]
 
     def _complete(self, block: int) -> None:

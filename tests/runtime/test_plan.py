@@ -124,7 +124,8 @@ def test_sums_are_exact_or_refused_whatever_the_order_and_the_tree(parts: list[l
     sums = [ExactSum(np.array(part, np.int64)) for part in parts]
     middle = len(sums) // 2
     random.shuffle(sums)  # type: ignore[attr-defined]
-    total = sum_exactly([sum_exactly(sums[:middle], 3), sum_exactly(sums[middle:], 3)], 3)
+    halves = [sum_exactly(half, np.full(3, 7)) for half in (sums[:middle], sums[middle:])]
+    total = sum_exactly(halves, np.full(3, 9))
     if any(abs(value) >= LIMIT for value in true):
         with pytest.raises(FailureError, match="gradient overflow at element"):
             total.total()
@@ -134,7 +135,7 @@ def test_sums_are_exact_or_refused_whatever_the_order_and_the_tree(parts: list[l
 
 def test_part_of_a_sum_keeps_its_carries() -> None:
     half = ExactSum(np.array([2**62, 1], np.int64))
-    total = sum_exactly([half, half], 2)
+    total = sum_exactly([half, half], np.empty(2, np.int64))
     assert total.part(slice(1, 2)).total().tolist() == [2]
     with pytest.raises(FailureError, match="element 0"):
         total.part(slice(0, 1)).total()
