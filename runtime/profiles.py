@@ -14,6 +14,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -282,16 +283,31 @@ def save(path: Path, profile: HostProfile) -> None:
 def load(path: Path, program: TrainingProgram, *, executor: str, threads: int) -> HostProfile | None:
     """The kept profile of this host for these; None where there is none, or one that is damaged or another's."""
     try:
-        given = parse_json(path.read_bytes())
-        body = given["profile"]
-        if given["sha256"] != _digest(body):
-            return None
-        profile = _decoded(body)
+        profile = _read(path)
     except (OSError, ValueError, TypeError, KeyError):
         return None
     key = (platform.node(), program.root.hex(), executor, threads, VERSION, os.cpu_count() or 1)
     found = (profile.host, profile.program, profile.executor, profile.threads, profile.version, profile.cores)
     return profile if found == key and len(profile.kinds) == len(program.kinds) else None
+
+
+def latest(folder: Path) -> HostProfile | None:
+    """This host's profile that was measured last, whatever of; None where none is kept."""
+    found = []
+    with suppress(OSError):
+        for path in folder.expanduser().glob("*.json"):
+            with suppress(OSError, ValueError, TypeError, KeyError):
+                found.append(_read(path))
+    mine = [profile for profile in found if (profile.host, profile.version) == (platform.node(), VERSION)]
+    return max(mine, key=lambda profile: profile.measured, default=None)
+
+
+def _read(path: Path) -> HostProfile:
+    """The profile in a file; OSError, ValueError, TypeError or KeyError where there is none that is whole."""
+    given = parse_json(path.read_bytes())
+    if given["sha256"] != _digest(given["profile"]):
+        raise ValueError("expected the digest of the profile, got another")
+    return _decoded(given["profile"])
 
 
 def _digest(body: Any) -> str:

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from runtime.profiles import (
     cached,
     fit_link,
     host_of,
+    latest,
     load,
     made_up,
     make_model,
@@ -128,6 +130,21 @@ def test_kept_and_read_again(program: TrainingProgram, tmp_path: Path) -> None:
         cached(program, never, executor="reference", threads=1, folder=tmp_path / "new", refresh=True)
     with pytest.raises(AssertionError, match="measured again"):
         cached(program, never, executor="reference", threads=2, folder=tmp_path / "new")
+
+
+def test_the_latest_of_all_kept_is_the_hosts_rate(
+    program: TrainingProgram, measured: HostProfile, tmp_path: Path
+) -> None:
+    assert latest(tmp_path / "none") is None
+    for number, (moment, gops) in enumerate([(5.0, 50.0), (9.0, 90.0), (7.0, 70.0)]):
+        save(tmp_path / f"{number}.json", replace(measured, measured=moment, gops=gops))
+    save(tmp_path / "elsewhere.json", replace(measured, measured=99.0, host="elsewhere"))
+    save(tmp_path / "older.json", replace(measured, measured=99.0, version="0.0.0"))
+    (tmp_path / "damaged.json").write_text(json.dumps({"profile": {}, "sha256": ""}))
+    (tmp_path / "nothing.json").write_text("")
+    found = latest(tmp_path)
+    assert found is not None
+    assert found.gops == 90.0
 
 
 def _key(name: str, value: object) -> Callable[[dict[str, Any]], None]:

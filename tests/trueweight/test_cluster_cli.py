@@ -19,6 +19,7 @@ import pytest
 
 from runtime.actors import host as hosts_side
 from runtime.actors import security
+from runtime.profiles import FOLDER, latest
 from runtime.testing import TEXT, TINY
 from storage.errors import FailureError, UsageError
 from trueweight import ssh_cluster
@@ -116,6 +117,12 @@ def test_a_dry_run_prints_the_commands(tmp_path: Path, capsys: pytest.CaptureFix
     assert "one: ssh -T -o ConnectTimeout=15" in told
     assert "10.0.0.1 'python3 -m runtime.actors.host start'" in told
     assert "ray start --block --node-ip-address=10.0.0.2 --head" in told
+
+
+def test_a_hosts_measured_rate_is_a_label_of_its_node() -> None:
+    asked = ["start", "--block", "--labels=trueweight.host=one,trueweight.speed=2"]
+    assert hosts_side.labelled(asked, 0.0) == asked
+    assert hosts_side.labelled(asked, 1849.6) == [*asked[:2], f"{asked[2]},trueweight.gops=1850"]
 
 
 def test_a_host_that_is_away_is_told_with_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -318,6 +325,9 @@ def test_up_run_down_over_ssh(lab: Lab, told: Callable[..., tuple[int, Any]]) ->
     states = [(host["name"], host["state"], host["cpus"]) for host in answer["hosts"]]
     assert states == [("one", "up", 1), ("two", "up", 1)]
     assert [host["labels"]["trueweight.speed"] for host in answer["hosts"]] == ["1", "0.5"]
+    measured = latest(Path(FOLDER))  # of the user who logs in there
+    rate = f"{measured.gops:.0f}" if measured else None
+    assert [host["labels"].get("trueweight.gops") for host in answer["hosts"]] == [rate] * 2
     first = supervisors(lab)
 
     kept = lab.folder / "kept" / "lab"
