@@ -88,6 +88,8 @@ def size() -> dict[str, float]:
 
 def start(place: Place, request: Mapping[str, Any]) -> dict[str, Any]:
     """Write token, certificates and record; start Ray; return once it runs. A node that runs already is left alone."""
+    from runtime.profiles import FOLDER, latest  # takes its time, and only a start needs it
+
     digest = str(request["digest"])
     node = running(place)
     if node is not None:
@@ -106,8 +108,6 @@ def start(place: Place, request: Mapping[str, Any]) -> dict[str, Any]:
     lines = [f"export {name}={shlex.quote(value)}\n" for name, value in by_hand.items()]
     security.write_private(place.own / ENVIRONMENT, "".join(lines))
     shutil.rmtree(place.scratch, ignore_errors=True)  # an earlier node's logs were kept until now
-    from runtime.profiles import FOLDER, latest  # takes its time, and only a start needs it
-
     measured = latest(Path(FOLDER))
     rate = measured.gops if measured else 0.0
     command = [sys.executable, *_RAY, *labelled(request["ray"], rate), f"--temp-dir={_private(place.scratch)}"]
