@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import platform
 import re
 import shutil
 import socket
@@ -19,14 +20,19 @@ import pytest
 
 from runtime.actors import host as hosts_side
 from runtime.actors import security
-from runtime.profiles import FOLDER, latest
+from runtime.profiles import HostProfile, save
 from runtime.testing import TEXT, TINY
+from runtime.version import VERSION
 from storage.errors import FailureError, UsageError
 from trueweight import ssh_cluster
 from trueweight.cli import main
 from trueweight.static_cluster import read_cluster
 
 ROOT = Path(__file__).parents[2]
+MEASURED = HostProfile(
+    host=platform.node(), cores=1, memory=2**30, kinds=(), loss=0.1, update=0.1, start=0.1, bandwidth=1e8, latency=1e-3,
+    gops=1234.4, program="", executor="compiled", threads=1, version=VERSION, measured=1.0,
+)  # fmt: skip
 STATIC = ROOT / "cluster_configs" / "static.toml"
 FILE = """
 [cluster]
@@ -218,7 +224,7 @@ class Lab:
             "UsePAM": "no",
             "PasswordAuthentication": "no",
             "PermitRootLogin": "yes",
-            "SetEnv": f"PYTHONPATH={ROOT}",
+            "SetEnv": f"PYTHONPATH={ROOT} HOME={self.folder}",
         }
         command = ["ip", "netns", "exec", inside, str(shutil.which("sshd")), "-D", "-e", "-f", "/dev/null"]
         for key, value in options.items():
@@ -320,14 +326,13 @@ def supervisors(lab: Lab) -> dict[str, int]:
 @pytest.mark.e2e
 def test_up_run_down_over_ssh(lab: Lab, told: Callable[..., tuple[int, Any]]) -> None:
     file = str(lab.file())
+    save(lab.folder / ".trueweight" / "profiles" / "kept.json", MEASURED)
     code, answer = told("up", file)
     assert code == 0, answer
     states = [(host["name"], host["state"], host["cpus"]) for host in answer["hosts"]]
     assert states == [("one", "up", 1), ("two", "up", 1)]
     assert [host["labels"]["trueweight.speed"] for host in answer["hosts"]] == ["1", "0.5"]
-    measured = latest(Path(FOLDER))  # of the user who logs in there
-    rate = f"{measured.gops:.0f}" if measured else None
-    assert [host["labels"].get("trueweight.gops") for host in answer["hosts"]] == [rate] * 2
+    assert [host["labels"]["trueweight.gops"] for host in answer["hosts"]] == ["1234", "1234"]
     first = supervisors(lab)
 
     kept = lab.folder / "kept" / "lab"
