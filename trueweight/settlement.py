@@ -13,7 +13,7 @@ from hashlib import sha256
 from typing import Any
 
 from ledger.payouts import Payouts, Work, payouts
-from ledger.port import NATIVE, Account, Commitment, Event, Ledger, Outcome, Role, Run, Segment, Status
+from ledger.port import NATIVE, Account, Commitment, Event, Ledger, Outcome, Refused, Role, Run, Segment, Status
 from ledger.rules import DELAY, NOBODY, escrow, is_opened
 from ledger.secrets import Chain, committed_form, forced, record_seal, shadow, verdict_seal
 from runtime.program.training import TrainingProgram
@@ -272,11 +272,8 @@ class Settlement:
             if self._verdict(one, account).revealed:
                 continue
             self._watch(start + self.terms.window // 2)
-            if self.ledger.now()[1] >= start + self.terms.window:
-                self.tell(f"segment {one.record.index}: too late for {account} to reveal; its bond pays for it")
-                continue
-            self._do(self.parties.key(account), "reveal", one.segment, ok, seen, salt)
-            self.tell(f"segment {one.record.index}: {account} reveals {'match' if ok else 'diverged'}")
+            if self._in_time(one, account, "reveal", ok, seen, salt):
+                self.tell(f"segment {one.record.index}: {account} reveals {'match' if ok else 'diverged'}")
 
     def _draw(self, one: Committed) -> None:
         while not self._segment(one).drawn_at:
@@ -286,8 +283,7 @@ class Settlement:
     def _seal(self, one: Committed) -> list[tuple[Account, bool, bytes, bytes]]:
         """(account, ok, witness, salt) of each verdict that is sealed."""
         mine = [account for account in self._assigned(one) if self.parties.acts(account)]
-        now, start = self.ledger.now()[1], self._start(one)
-        if not mine or now >= start + self.terms.window:
+        if not mine or self.ledger.now()[1] >= self._start(one) + self.terms.window:
             return []
         records = [known.record for known in self.committed()]
         audited = audit_segment(self.history, self.replay(False), records, one.record.index, lambda _: None)
@@ -299,12 +295,23 @@ class Settlement:
         for account in mine:
             seen, salt = self._witness(one), self.parties.secret(account, b"verdict", one.segment.name)
             sealed = verdict_seal(one.segment.name, account, ok, seen, salt)
-            if not any(self._verdict(one, account).mark) and now < start + self.terms.window // 2:
-                self._do(self.parties.key(account), "seal", one.segment, sealed)
+            known = any(self._verdict(one, account).mark)
+            if not known and (known := self._in_time(one, account, "seal", sealed)):
                 self.tell(f"segment {one.record.index}: {account} seals a verdict")
-            if any(self._verdict(one, account).mark):
+            if known:
                 found.append((account, ok, seen, salt))
         return found
+
+    def _in_time(self, one: Committed, account: Account, step: str, *args: Any) -> bool:
+        """Seal or reveal a verdict; False where the time for that was over once the call was in a block."""
+        try:
+            self._do(self.parties.key(account), step, one.segment, *args)
+        except Refused as refused:
+            if refused.error != "TooLate":
+                raise
+            self.tell(f"segment {one.record.index}: too late for {account} to {step} a verdict; its bond pays for it")
+            return False
+        return True
 
     def _witness(self, one: Committed) -> bytes:
         if one.segment.name not in self._witnesses:

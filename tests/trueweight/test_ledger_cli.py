@@ -32,6 +32,7 @@ from storage.manifest import tensor_bytes
 from storage.store import open_store
 from trueweight import cli
 from trueweight.chains import EMBEDDED, connect
+from trueweight.delegations import sign
 
 pytestmark = pytest.mark.chain
 
@@ -460,6 +461,37 @@ def test_settlement_on_a_node_of_somebody_with_a_restart_in_the_middle(case: Cas
     told = json.loads(out)
     assert (told["status"], told["final"]) == ("closed", 2)
     assert History.open(open_store(case.store, create=False), "tiny").segments()[1].poststate
+
+
+@pytest.mark.skipif(ANVIL is None, reason="no anvil: npm ci --prefix ledger/contracts")
+@pytest.mark.slow
+def test_a_call_whose_block_came_too_late_is_refused_by_name(case: Case, fast_node: ForeignNode) -> None:
+    """The node's estimate was right when it was asked; the call's block was made after the deadline."""
+    node, told = fast_node, []
+    node.fill(case.keys)
+    case("ledger", "deploy", "--ledger", node.url)
+    with connect(open_store(case.store, create=False), node.url, keys=case.keys, confirmations=0) as chain:
+        ledger, account = chain.deployed(), chain.accounts["operator"]
+        node.ask("evm_setIntervalMining", 0)
+        deadline = chain.node.now()[1] + 60
+        made = sign(chain, chain.accounts["worker"], account, deadline)
+
+        def send() -> None:
+            try:
+                ledger.send(account, "delegate", made.key, deadline, made.signature)
+            except Refused as refused:
+                told.append((refused.error, refused.values))
+
+        sending = threading.Thread(target=send, daemon=True)
+        sending.start()
+        for _ in range(300):
+            if int(node.ask("txpool_status")["pending"], 16):
+                break
+            time.sleep(0.1)
+        node.ask("evm_setNextBlockTimestamp", deadline)
+        node.ask("evm_mine")
+        sending.join(timeout=30)
+    assert told == [("TooLate", (deadline,))]
 
 
 @pytest.mark.skipif(ANVIL is None, reason="no anvil: npm ci --prefix ledger/contracts")

@@ -186,6 +186,26 @@ def test_a_bond_comes_back_after_its_time(play: Callable[..., Play]) -> None:
     assert done.leave(Role.OPERATOR, OPERATOR, wait=True)[0] == made.terms.operator_bond
 
 
+@pytest.mark.parametrize(("step", "lost"), [("seal", 2), ("reveal", 4)])
+def test_a_verifier_that_is_too_late_ends_no_settlement(play: Callable[..., Play], step: str, lost: int) -> None:
+    """Its replay, or the block that its transaction waits for, took until its time was over."""
+    made = play(verifiers=1, window=4)
+    send = made.model.send
+
+    def slow(sender: str, function: str, *args: Any, value: int = 0) -> tuple[Event, ...]:
+        if function == step:
+            made.model.wait(made.model.now()[1] + lost)
+        return send(sender, function, *args, value=value)
+
+    made.model.send = slow  # type: ignore[method-assign]
+    ended = made.settle(*made.everybody)
+    assert (ended.state.status, ended.state.finalised) == (Status.CLOSED, 2)
+    assert [line for line in made.told if "too late" in line] == [
+        f"segment {index}: too late for {VERIFIER} to {step} a verdict; its bond pays for it" for index in range(2)
+    ]
+    assert earned(ended)["verifier", "bond lost"] == -2 * (made.terms.verifier_bond * made.terms.miss_penalty // 100)
+
+
 def test_a_beacon_that_is_forgotten_is_chosen_anew(play: Callable[..., Play]) -> None:
     made = play()
     forgotten: list[int] = []
