@@ -173,7 +173,7 @@ class Node:
         signed = account.sign_transaction(full)
         receipt = self._settled(what, bytes(signed.raw_transaction), signed.hash)
         if not receipt["status"]:
-            self.ask(lambda: self.w3.eth.call(call, receipt["blockNumber"]))  # at that block's time
+            self.ask(lambda: self.w3.eth.call(call, receipt["blockNumber"]))  # at its block's time
             raise FailureError(f"{what}: it was refused in block {receipt['blockNumber']}; see the node's trace")
         return receipt
 

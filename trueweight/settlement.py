@@ -272,7 +272,7 @@ class Settlement:
             if self._verdict(one, account).revealed:
                 continue
             self._watch(start + self.terms.window // 2)
-            if self._in_time(one, account, "reveal", ok, seen, salt):
+            if self._in_time(one, account, "reveal", start + self.terms.window, ok, seen, salt):
                 self.tell(f"segment {one.record.index}: {account} reveals {'match' if ok else 'diverged'}")
 
     def _draw(self, one: Committed) -> None:
@@ -296,22 +296,27 @@ class Settlement:
             seen, salt = self._witness(one), self.parties.secret(account, b"verdict", one.segment.name)
             sealed = verdict_seal(one.segment.name, account, ok, seen, salt)
             known = any(self._verdict(one, account).mark)
-            if not known and (known := self._in_time(one, account, "seal", sealed)):
+            until = self._start(one) + self.terms.window // 2
+            if not known and (known := self._in_time(one, account, "seal", until, sealed)):
                 self.tell(f"segment {one.record.index}: {account} seals a verdict")
             if known:
                 found.append((account, ok, seen, salt))
         return found
 
-    def _in_time(self, one: Committed, account: Account, step: str, *args: Any) -> bool:
-        """Seal or reveal a verdict; False where the time for that was over once the call was in a block."""
+    def _in_time(self, one: Committed, account: Account, step: str, until: int, *args: Any) -> bool:
+        """Seal or reveal a verdict; False, and told, where its time is over or the segment is decided by then."""
+        late = self.ledger.now()[1] >= until
         try:
-            self._do(self.parties.key(account), step, one.segment, *args)
+            if not late:
+                self._do(self.parties.key(account), step, one.segment, *args)
+                return True
         except Refused as refused:
-            if refused.error != "TooLate":
+            late = refused.error == "TooLate"
+            if not late and self._outcome(one) == Outcome.PENDING:
                 raise
-            self.tell(f"segment {one.record.index}: too late for {account} to {step} a verdict; its bond pays for it")
-            return False
-        return True
+        why = f"too late for {account} to {step} a verdict; its bond pays for it"
+        self.tell(f"segment {one.record.index}: {why if late else f'decided before {account} could {step} a verdict'}")
+        return False
 
     def _witness(self, one: Committed) -> bytes:
         if one.segment.name not in self._witnesses:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ledger.model import Model
-from ledger.port import NATIVE, Event, Outcome, Role, Run, Status, Tree
+from ledger.port import NATIVE, Event, Outcome, Refused, Role, Run, Status, Tree
 from ledger.rules import escrow
 from runtime.executors import reference
 from runtime.faults import Fault, faulty_builder
@@ -186,24 +186,59 @@ def test_a_bond_comes_back_after_its_time(play: Callable[..., Play]) -> None:
     assert done.leave(Role.OPERATOR, OPERATOR, wait=True)[0] == made.terms.operator_bond
 
 
+@pytest.mark.parametrize("within_the_call", [False, True], ids=["before the call", "until its block"])
 @pytest.mark.parametrize(("step", "lost"), [("seal", 2), ("reveal", 4)])
-def test_a_verifier_that_is_too_late_ends_no_settlement(play: Callable[..., Play], step: str, lost: int) -> None:
+def test_a_verifier_that_is_too_late_ends_no_settlement(
+    play: Callable[..., Play], step: str, lost: int, within_the_call: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its replay, or the block that its transaction waits for, took until its time was over."""
     made = play(verifiers=1, window=4)
-    send = made.model.send
+    in_time, send = Settlement._in_time, made.model.send
 
-    def slow(sender: str, function: str, *args: Any, value: int = 0) -> tuple[Event, ...]:
+    def slow(settlement: Settlement, one: Committed, account: str, which: str, *rest: Any) -> bool:
+        if which == step and not within_the_call:
+            made.model.wait(made.model.now()[1] + lost)
+        return in_time(settlement, one, account, which, *rest)
+
+    def slow_send(sender: str, function: str, *args: Any, value: int = 0) -> tuple[Event, ...]:
         if function == step:
+            assert within_the_call, "nothing is sent that is too late already"
             made.model.wait(made.model.now()[1] + lost)
         return send(sender, function, *args, value=value)
 
-    made.model.send = slow  # type: ignore[method-assign]
+    monkeypatch.setattr(Settlement, "_in_time", slow)
+    made.model.send = slow_send  # type: ignore[method-assign]
     ended = made.settle(*made.everybody)
     assert (ended.state.status, ended.state.finalised) == (Status.CLOSED, 2)
     assert [line for line in made.told if "too late" in line] == [
         f"segment {index}: too late for {VERIFIER} to {step} a verdict; its bond pays for it" for index in range(2)
     ]
     assert earned(ended)["verifier", "bond lost"] == -2 * (made.terms.verifier_bond * made.terms.miss_penalty // 100)
+
+
+def test_other_refusals_of_a_verdict_end_it_while_the_segment_is_pending(
+    play: Callable[..., Play], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = play(verifiers=1)
+    send = made.model.send
+
+    def refuse(sender: str, function: str, *args: Any, value: int = 0) -> tuple[Event, ...]:
+        if function == "seal":
+            raise Refused("Already", call=function)
+        return send(sender, function, *args, value=value)
+
+    made.model.send = refuse  # type: ignore[method-assign]
+    judging = made.seen_by(*made.everybody)
+    judging.open()
+    judging.commit()
+    with pytest.raises(Refused, match="Already"):
+        judging.judge()
+    pending = iter([Outcome.PENDING] * 2)  # as both segments are when it begins
+    monkeypatch.setattr(Settlement, "_outcome", lambda *_: next(pending, Outcome.REJECTED))
+    judging.judge()
+    assert [line for line in made.told if "decided" in line] == [
+        f"segment {index}: decided before {VERIFIER} could seal a verdict" for index in range(2)
+    ]
 
 
 def test_a_beacon_that_is_forgotten_is_chosen_anew(play: Callable[..., Play]) -> None:
