@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,7 +27,8 @@ class Examination:
     `path` is how digits are multiplied, the fastest exact way measured here. `product_gops` are digit multiplications
     and additions, 10^9 a second, and `float_gflops` those of a float32 product by this host's BLAS, which nothing exact
     uses: what they compare with. `elementwise_gflops` are binary32 operations in a fused loop, `memory_gbs` is what an
-    addition of long i32 rows reads and writes, 10^9 bytes a second. All are 0 for an executor that failed.
+    addition of long i32 rows reads and writes, 10^9 bytes a second. All are 0 for an executor that failed, or where
+    nothing was measured.
     """
 
     executor: str
@@ -40,14 +41,17 @@ class Examination:
     memory_gbs: float = 0.0
 
 
-def examine(executors: Mapping[str, Callable[[], Executor]], vectors: Sequence[Vector]) -> Iterator[Examination]:
+def examine(
+    executors: Mapping[str, Callable[[], Executor]], vectors: Sequence[Vector], *, measured: bool = True
+) -> Iterator[Examination]:
     """The examination of each executor, made here so that one which will not start is a failure and not an end."""
     for name, build in executors.items():
         try:
             executor = build()
             wrong = next((found for found in (check(executor, vector) for vector in vectors) if found), None)
             if wrong is None:
-                yield _measured(name, len(vectors), executor)
+                exact = Examination(executor=name, vectors=len(vectors), path=getattr(executor, "path", ""))
+                yield _measured(exact, executor) if measured else exact
                 continue
             failure = str(wrong)
         except (FailureError, RuntimeError) as error:
@@ -55,11 +59,9 @@ def examine(executors: Mapping[str, Callable[[], Executor]], vectors: Sequence[V
         yield Examination(executor=name, vectors=len(vectors), failure=failure)
 
 
-def _measured(name: str, vectors: int, executor: Executor) -> Examination:
-    return Examination(
-        executor=name,
-        vectors=vectors,
-        path=getattr(executor, "path", ""),
+def _measured(exact: Examination, executor: Executor) -> Examination:
+    return replace(
+        exact,
         product_gops=product_rate(executor),
         float_gflops=float_rate(),
         elementwise_gflops=elementwise_rate(executor),

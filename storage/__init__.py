@@ -6,5 +6,7 @@ kept). The byte tables are in docs/formats.md.
 """
 
 import os
+from importlib.util import find_spec
 
-os.environ.setdefault("ETH_HASH_BACKEND", "pysha3")  # keccak in C: a ninth of the time of eth-hash's first choice
+if find_spec("sha3"):  # keccak in C: a ninth of the time of eth-hash's first choice
+    os.environ.setdefault("ETH_HASH_BACKEND", "pysha3")

@@ -185,9 +185,9 @@ def _loaded(load: Callable[..., Kernel | None], *of: Any) -> Kernel | None:
 @cache
 def _hashing() -> Kernel | None:
     """The quickest kernel that hashes leaves and trees, None where there is none that does so like hashlib."""
-    made = [_right_hashing("avx512bw"), _right_hashing("sha")]  # ARM's sha is called sha2
+    made = [_right_hashing(feature) for feature in ("avx512bw", "sha", "sha2")]  # sha2 is ARM's
     found = [kernel for kernel in made if kernel is not None]
-    if len(found) == 2:
+    if len(found) > 1:
         return min(found, key=_seconds_of_hashing)
     return found[0] if found else _right_hashing("avx2")
 
@@ -213,9 +213,10 @@ def _seconds_of_hashing(kernel: Kernel) -> float:
 
 
 def _hashing_text(feature: str) -> str:
-    from storage.sha256 import ByInstruction, ByLanes, hashing_text
+    from storage.sha256 import ByArmInstruction, ByInstruction, ByLanes, hashing_text
 
-    return hashing_text(ByInstruction() if feature == "sha" else ByLanes(16 if feature == "avx512bw" else 8))
+    forms = {"avx512bw": ByLanes(16), "avx2": ByLanes(8), "sha": ByInstruction(), "sha2": ByArmInstruction()}
+    return hashing_text(forms[feature])
 
 
 @cache

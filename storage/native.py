@@ -7,9 +7,12 @@ so any number of processes may share the folder.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+import platform
 import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -135,6 +138,11 @@ def entry(name: str, inner: Function, pointers: int) -> str:
     return inner.text()
 
 
+AT_HWCAP = 16
+HWCAP = {"+sha2": 6, "+dotprod": 20}
+"""LLVM's names of bits that Linux sets (its arch/arm64/include/uapi/asm/hwcap.h)."""
+
+
 @cache
 def processor() -> tuple[str, str]:
     """(name, features) of the processor that code is made for: this host's, or the one in NUMBA_CPU_NAME."""
@@ -143,7 +151,15 @@ def processor() -> tuple[str, str]:
     name = os.environ.get("NUMBA_CPU_NAME", "")
     if name and name != "host":
         return name, os.environ.get("NUMBA_CPU_FEATURES", "")
-    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+    return llvm.get_host_cpu_name(), ",".join(filter(None, [llvm.get_host_cpu_features().flatten(), *_untold()]))
+
+
+def _untold() -> list[str]:
+    """What this host has and LLVM does not tell: ARM's dot products, by the kernel's own word (getauxval(3))."""
+    if sys.platform != "linux" or platform.machine() != "aarch64":
+        return []
+    has = ctypes.CDLL(None).getauxval(ctypes.c_ulong(AT_HWCAP))
+    return [name for name, bit in HWCAP.items() if has >> bit & 1]
 
 
 LEVELS = {"x86-64-v3": ("avx2",), "x86-64-v4": ("avx2", "avx512bw")}

@@ -2,7 +2,7 @@
 
 A round of SHA-256 waits for the one before, so one message at a time leaves a processor half idle or worse. `ByLanes`
 has a message in each lane of vectors of integers, so every step of a round is one instruction for all of them.
-`ByInstruction` has the instructions for SHA-256, and takes turns between four messages.
+`ByInstruction` and `ByArmInstruction` have the instructions for SHA-256, and take turns between four messages.
 """
 
 from __future__ import annotations
@@ -265,6 +265,40 @@ class ByInstruction(Form):
         part = f.intrinsic("llvm.x86.sha256msg1", _I32X4, [w[0], w[1]])
         part = f.builder.add(part, _pick(f, w[2], w[3], [1, 2, 3, 4]))
         return f.intrinsic("llvm.x86.sha256msg2", _I32X4, [part, w[3]])
+
+
+class ByArmInstruction(Form):
+    """ARM's instructions for it, each of which makes four rounds of one half of the state: (a to d) or (e to h)."""
+
+    lanes = 4
+
+    def start(self) -> Values:
+        """See Form."""
+        return [ir.Constant(_I32X4, list(_START[at : at + 4])) for at in (0, 4)] * self.lanes
+
+    def compress(self, f: Function, state: Values, blocks: Values) -> Values:
+        """See Form: four rounds of one lane after four of another."""
+        b, now = f.builder, list(state)
+        words = [[_swap(f, f.load(block, part, _I8X16, align=1), _I32X4) for part in range(4)] for block in blocks]
+        for step in range(16):
+            constants = ir.Constant(_I32X4, _ROUNDS[4 * step : 4 * step + 4])
+            for lane, w in enumerate(words):
+                added, (abcd, efgh) = b.add(w[0], constants), now[2 * lane : 2 * lane + 2]
+                now[2 * lane] = _arm(f, "sha256h", abcd, efgh, added)
+                now[2 * lane + 1] = _arm(f, "sha256h2", efgh, abcd, added)
+                if step < 12:
+                    w.append(_arm(f, "sha256su1", _arm(f, "sha256su0", w[0], w[1]), w[2], w[3]))
+                w.pop(0)
+        return [b.add(x, y) for x, y in zip(now, state, strict=True)]
+
+    def digests(self, f: Function, state: Values) -> list[tuple[ir.Value, ir.Value]]:
+        """See Form."""
+        halves = [_swap(f, f.builder.bitcast(half, _I8X16), _I8X16) for half in state]
+        return list(zip(halves[::2], halves[1::2], strict=True))
+
+
+def _arm(f: Function, name: str, *vectors: ir.Value) -> ir.Value:
+    return f.intrinsic(f"llvm.aarch64.crypto.{name}", _I32X4, vectors)
 
 
 def _swap(f: Function, octets: ir.Value, kind: ir.Type) -> ir.Value:

@@ -231,7 +231,10 @@ def runs(store: StoreFolder = ".trueweight", as_json: AsJson = False) -> int:
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> int:
+def doctor(
+    only_vectors: Annotated[bool, typer.Option("--vectors", help="Compare, and measure nothing.")] = False,
+    as_json: AsJson = False,
+) -> int:
     """Check that this machine computes exactly.
 
     Runs the known-answer vectors of every operator and of whole blocks on each device found and compares bytes; then
@@ -239,16 +242,18 @@ def doctor(as_json: AsJson = False) -> int:
 
     \b
     trueweight doctor
-    trueweight doctor --json
+    trueweight doctor --vectors --json
     """
-    examined = list(examine(executors.found(), vectors.load()))
+    examined = list(examine(executors.found(), vectors.load(), measured=not only_vectors))
     if as_json:
         print_json({"executors": [asdict(one) for one in examined]})
     else:
         rows = [{**asdict(one), "verdict": "wrong" if one.failure else "exact"} for one in examined]
         columns = {"executor": "executor", "vectors": "vectors", "verdict": "verdict"}
-        columns |= {"path": "digit products by", "product_gops": "GOP/s", "float_gflops": "float32 BLAS (GFLOP/s)"}
-        columns |= {"elementwise_gflops": "loops (GFLOP/s)", "memory_gbs": "memory (GB/s)"}
+        columns["path"] = "digit products by"
+        if not only_vectors:
+            columns |= {"product_gops": "GOP/s", "float_gflops": "float32 BLAS (GFLOP/s)"}
+            columns |= {"elementwise_gflops": "loops (GFLOP/s)", "memory_gbs": "memory (GB/s)"}
         print(reports.table(rows, columns))
     for one in examined:
         if one.failure:

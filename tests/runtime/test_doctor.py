@@ -92,7 +92,19 @@ def test_doctor_says_exact(capsys: pytest.CaptureFixture[str]) -> None:
     assert min(first[key] for key in ("product_gops", "float_gflops", "elementwise_gflops", "memory_gbs")) > 0
     assert first["failure"] == ""
     assert cli.main(["doctor"]) == 0
-    assert "exact" in capsys.readouterr().out
+    assert "GOP/s" in capsys.readouterr().out
+
+
+def test_doctor_compares_vectors_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(executors, "found", lambda: {"reference": lambda: reference(1), "flipping": Flipping})
+    assert cli.main(["doctor", "--vectors", "--json"]) == 1
+    right, wrong = json.loads(capsys.readouterr().out)["executors"]
+    assert (right["failure"], right["path"], right["product_gops"]) == ("", "float32 BLAS", 0)
+    assert "output 0, element 95" in wrong["failure"]
+    assert cli.main(["doctor", "--vectors"]) == 1
+    out = capsys.readouterr().out
+    assert "exact" in out
+    assert "GOP/s" not in out
 
 
 def test_doctor_refuses_a_wrong_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,11 +19,6 @@ def batch_sizes(batch: Atoms) -> tuple[int, ...]:
     return (*first, *second)
 
 
-def panel_columns(lanes: int) -> int:
-    """Columns of B in a panel: what thirty-two registers allow for 16 lanes, or sixteen for fewer."""
-    return lanes * (4 if lanes == 16 else 2)
-
-
 def fits(batch: Atoms) -> bool:
     """Whether a batch has no more axes than the kernels take."""
     return sum(size > 1 for size, _ in batch) <= 2

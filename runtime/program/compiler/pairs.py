@@ -1,4 +1,4 @@
-"""Digit products where there is no VNNI: 16-bit pairs are multiplied and added to 32 bits, as `pmaddwd` does.
+"""Digit products where no instruction takes four bytes: `pmaddwd` multiplies 16-bit pairs and adds to 32 bits.
 
 A sum of shifted digit products is `sum_i a_i (sum_j b_j << s_ij)`, where the inner sum, a combination, fits 16 bits. So
 the kernel multiplies a matrix of A's digits, one after the other along K, by one of B's combinations: a product of two
@@ -25,7 +25,6 @@ from runtime.program.compiler.matrices import (
     highest,
     lowest,
     matrix,
-    panel_columns,
     read_sizes,
     splat,
     store_row,
@@ -51,6 +50,11 @@ def lanes() -> int:
     """i32 lanes of this processor's vectors; 0 where it has no such instruction."""
     found = features()
     return next((n for n, name in ((16, "avx512bw"), (8, "avx2"), (4, "sse2")) if name in found), 0)
+
+
+def panel_columns() -> int:
+    """Columns of B in a panel: what thirty-two registers allow for 16 lanes, or sixteen for fewer."""
+    return lanes() * (4 if lanes() == 16 else 2)
 
 
 def madd(f: Function, x: ir.Value, y: ir.Value) -> ir.Value:
@@ -84,7 +88,7 @@ def row_words(k: int, digits: int) -> int:
 
 def panels(n: int) -> int:
     """Panels of n columns."""
-    return -(-n // panel_columns(lanes()))
+    return -(-n // panel_columns())
 
 
 # ------------------------------------------------------------------------------------------------------------- packing
@@ -223,7 +227,7 @@ def pack_right(*, along: str, given: int, chosen: tuple[Combination, ...]) -> st
     """
     f = Function("pack_body", [I64, I64, *[POINTER] * (given + 2)])
     first, end, *pointers, target, sizes = f.arguments
-    b, wide, vector = f.builder, panel_columns(lanes()), lanes()
+    b, wide, vector = f.builder, panel_columns(), lanes()
     digits = _Digits(f, sizes, along, chosen)
     count = b.sdiv(b.add(digits.other, I64(wide - 1)), I64(wide))
     with f.loop(first, end) as (number, _):
@@ -338,7 +342,7 @@ def product() -> str:
     """
     f = Function("product_body", [I64, I64, *[POINTER] * 5])
     first, end, a, ranges, right, c, sizes = f.arguments
-    b, wide = f.builder, panel_columns(lanes())
+    b, wide = f.builder, panel_columns()
     m, n, whole, stride = read_sizes(f, sizes, 4)
     count = b.sdiv(b.add(n, I64(wide - 1)), I64(wide))
     total = b.sdiv(b.add(m, I64(TILES[0] - 1)), I64(TILES[0]))
@@ -368,7 +372,7 @@ def _tile(f: Function, height: int, row: ir.Value, column: ir.Value, where: Sequ
     """C[row : row + height, column : column + panel] in vector accumulators."""
     rows, stride, found, columns, out, n = where
     b, wide = f.builder, lanes()
-    vectors = panel_columns(lanes()) // wide
+    vectors = panel_columns() // wide
     kind = ir.VectorType(I32, wide)
     lines = [b.add(row, I64(r)) for r in range(height)]
     ends = [[f.load(found, b.add(b.mul(line, I64(2)), I64(p)), I32) for line in lines] for p in (0, 1)]

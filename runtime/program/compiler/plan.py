@@ -10,12 +10,12 @@ import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from runtime.program.compiler import pairs, products, vnni
+from runtime.program.compiler import pairs, products, quads
 from runtime.program.compiler.axes import View, contiguous, join
 from runtime.program.compiler.fusion import Fusion, Literal, Single, Stage
 from runtime.program.compiler.graph import Graph
 from runtime.program.compiler.loops import Kernel, kernel
-from runtime.program.compiler.matrices import Atoms, fits, panel_columns
+from runtime.program.compiler.matrices import Atoms, fits
 from runtime.program.program import Op
 from runtime.program.types import NUMPY, Type
 
@@ -110,7 +110,7 @@ class _Planner:
         self.fusion = Fusion(graph, dict(inputs))
         self.buffers = {v.buffer: Buffer(graph.types[n].dtype, _span(v)) for n, v in inputs.items()}
         self.packs: dict[Hashable, int] = {}
-        self.lefts: dict[View, tuple[int, int, vnni.Rows]] = {}
+        self.lefts: dict[View, tuple[int, int, quads.Rows]] = {}
         self.words: dict[tuple[View, ...], tuple[int, int]] = {}
         self.next = max(graph.types, default=0) + 1
         self.early: set[int] = set()
@@ -151,7 +151,9 @@ class _Planner:
 
     def _product(self, single: Single, steps: list[Step]) -> bool:
         """Packs the operands and multiplies by a kernel of ours; False where it does not take them."""
-        make = {products.VNNI: self._vnni, products.PAIRS: self._pairs}.get(products.chosen())
+        make = {products.VNNI: self._quads, products.SDOT: self._quads, products.PAIRS: self._pairs}.get(
+            products.chosen()
+        )
         views = [o for o in single.operands if isinstance(o, View)]
         if make is None or 0 in single.op.type.shape or len(views) != len(single.operands) or not views[0].shape[-1]:
             return False
@@ -180,7 +182,7 @@ class _Planner:
             self.words[lefts] = made
         if (rights, chosen) not in self.packs:
             panels = batch * pairs.panels(n)
-            right = self._new("i32", panels * pairs.words(k, count) * panel_columns(pairs.lanes()))
+            right = self._new("i32", panels * pairs.words(k, count) * pairs.panel_columns())
             text = pairs.pack_right(along=_along(strides[count:], "other"), given=len(rights), chosen=chosen)
             sizes = pairs.pack_sizes(k=k, n=n, sources=_lie(rights, strides[count:]))
             self._pack_words(text, (panels, batch * k * n), rights, (right,), sizes, steps)
@@ -206,7 +208,7 @@ class _Planner:
         packed = _plain("pack", text, size, tuple(v.buffer for v in views), made, sizes)
         (self.before if early else steps).append(Loop(packed, "packing"))
 
-    def _vnni(self, op: Op, views: Sequence[View], strides: Strides, steps: list[Step]) -> Kernel:
+    def _quads(self, op: Op, views: Sequence[View], strides: Strides, steps: list[Step]) -> Kernel:
         count, (*leading, m, n), k = op.attributes["lefts"], op.type.shape, views[0].shape[-1]
         batch = math.prod(leading)
         lefts = [self._left(v, s, (batch, k, m), steps) for v, s in zip(views[:count], strides[:count], strict=True)]
@@ -215,27 +217,27 @@ class _Planner:
         levels = _levels(op.attributes["terms"])
         return _plain(
             "product",
-            vnni.product(lefts=tuple(r.direct for r in rows), rights=len(rights), levels=levels),
-            (batch * vnni.tiles(m), batch * m * n * k),
+            quads.product(lefts=tuple(r.direct for r in rows), rights=len(rights), levels=levels),
+            (batch * quads.tiles(m), batch * m * n * k),
             (*(left[0] for left in lefts), *(left[1] for left in lefts), *rights),
-            constants=vnni.product_sizes(m=m, n=n, k=k, lefts=rows),
+            constants=quads.product_sizes(m=m, n=n, k=k, lefts=rows),
         )
 
     def _left(
         self, view: View, strides: Sequence[int], sizes: tuple[int, int, int], steps: list[Step]
-    ) -> tuple[int, int, vnni.Rows]:
+    ) -> tuple[int, int, quads.Rows]:
         """A's buffer, the buffer of its rows' ranges, and where its rows lie."""
         if view in self.lefts:
             return self.lefts[view]
         batch, k, m = sizes
         if strides[1] == 1 and k % 4 == 0 and (strides[0] >= k or m == 1):
-            buffer, rows = view.buffer, vnni.Rows(view.offset, _batch(view), strides[0])
+            buffer, rows = view.buffer, quads.Rows(view.offset, _batch(view), strides[0])
         else:
             buffer = self._pack(view, strides, (k, m), False, steps)
-            rows = vnni.Rows(0, ((batch, vnni.padded(m) * -(-k // 4) * 4),), None)
-        ranges = self._new("i32", batch * 3 * vnni.padded(m))
-        numbers = vnni.scan_sizes(m=m, k=k, rows=rows)
-        text = vnni.scan(direct=rows.direct)
+            rows = quads.Rows(0, ((batch, quads.padded(m) * -(-k // 4) * 4),), None)
+        ranges = self._new("i32", batch * 3 * quads.padded(m))
+        numbers = quads.scan_sizes(m=m, k=k, rows=rows)
+        text = quads.scan(direct=rows.direct)
         made = _plain("scan", text, (batch, batch * m * k), (buffer,), (ranges,), numbers)
         self._when(view, steps).append(Loop(made, "packing"))
         self.lefts[view] = (buffer, ranges, rows)
@@ -248,10 +250,10 @@ class _Planner:
             batch = _batch(view)
             along = (strides[0], strides[1]) if right else (strides[1], strides[0])
             count = math.prod(size for size, _ in batch)
-            made = self._new("i8", count * vnni.padded(n) * -(-k // 4) * 4)
-            text = vnni.pack(along=_along([along], "n"), right=right)
-            numbers = vnni.pack_sizes(k=k, n=n, offset=view.offset, batch=batch, strides=along)
-            size = (count * vnni.padded(n) // panel_columns(vnni.lanes()), count * k * n)
+            made = self._new("i8", count * quads.padded(n) * -(-k // 4) * 4)
+            text = quads.pack(along=_along([along], "n"), right=right)
+            numbers = quads.pack_sizes(k=k, n=n, offset=view.offset, batch=batch, strides=along)
+            size = (count * quads.padded(n) // quads.panel_columns(), count * k * n)
             packed = _plain("pack", text, size, (view.buffer,), (made,), numbers)
             self._when(view, steps).append(Loop(packed, "packing"))
             self.packs[view, right] = made
@@ -300,7 +302,7 @@ def _lie(views: Sequence[View], strides: Strides) -> list[tuple[int, Atoms, tupl
     return [(v.offset, _batch(v), (s[0], s[1])) for v, s in zip(views, strides, strict=True)]
 
 
-def _levels(terms: Sequence[tuple[int, int, int]]) -> vnni.Levels:
+def _levels(terms: Sequence[tuple[int, int, int]]) -> quads.Levels:
     """Terms by falling shift, with how far to shift after each level."""
     shifts = sorted({s for _, _, s in terms}, reverse=True)
     return tuple(

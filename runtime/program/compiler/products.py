@@ -1,8 +1,8 @@
 """Integer products by the fastest exact path on this processor: a kernel of ours, oneDNN, or float32 BLAS.
 
 All give the same integers: digits are within +-64, where oneDNN's int8 products are exact on every path and float32
-products are up to 4096 terms. On x86 there is always a kernel of ours (`vnni`, `pairs`); elsewhere which one runs is
-measured once a process. It says nothing about the result.
+products are up to 4096 terms. On x86, and on ARM with dot products, there is a kernel of ours (`quads`, `pairs`);
+elsewhere which one runs is measured once a process. It says nothing about the result.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from functools import cache
 
 import torch
 
-from runtime.program.compiler import pairs, vnni
+from runtime.program.compiler import pairs, quads
 from runtime.program.reference import MEANING
 
 Tensor = torch.Tensor
 Path = Callable[[Tensor, Tensor], Tensor]
 
-VNNI, PAIRS = "VNNI kernel", "16-bit pairs kernel"
+VNNI, SDOT, PAIRS = "VNNI kernel", "SDOT kernel", "16-bit pairs kernel"
 PROBE = (256, 512, 256)
 
 
@@ -61,8 +61,8 @@ def rates() -> Mapping[str, float]:
 @cache
 def chosen() -> str:
     """The name of the path that products take here."""
-    if vnni.lanes():
-        return VNNI
+    if quads.lanes():
+        return VNNI if quads.biased() else SDOT
     return PAIRS if pairs.lanes() else fallback()
 
 

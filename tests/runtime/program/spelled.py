@@ -11,7 +11,7 @@ from llvmlite import ir
 
 from runtime.program import sums
 from runtime.program.builder import Builder
-from runtime.program.compiler import pairs, products, vnni
+from runtime.program.compiler import pairs, products, quads
 from runtime.program.compiler.executor import CompiledExecutor
 from runtime.program.reference import ReferenceExecutor
 from storage.native import I32, Function
@@ -40,17 +40,17 @@ def digits(random: np.random.Generator, shape: Sequence[int], extreme: bool) -> 
 
 def main(kind: str, lanes: int) -> None:
     """Products of one, two and three digits, on odd sizes and layouts."""
-    other = {"vnni": pairs, "pairs": vnni}[kind]
-    own = {"vnni": vnni, "pairs": pairs}[kind]
+    other = {"quads": pairs, "pairs": quads}[kind]
+    own = {"quads": quads, "pairs": pairs}[kind]
     for module, name, spelled in (
         (own, "lanes", lambda: lanes),
         (other, "lanes", lambda: 0),
-        (vnni, "dot", lambda f, total, x, y: f.builder.add(total, products_of(f, x, y, 8, True))),
+        (quads, "dot", lambda f, total, x, y: f.builder.add(total, products_of(f, x, y, 8, quads.biased()))),
         (pairs, "madd", lambda f, x, y: products_of(f, x, y, 16, False)),
     ):
         setattr(module, name, spelled)
     executor, reference = CompiledExecutor(2, cache=False), ReferenceExecutor("cpu")
-    assert executor.path == {"vnni": products.VNNI, "pairs": products.PAIRS}[kind]
+    assert executor.path == {"quads": products.VNNI if lanes > 4 else products.SDOT, "pairs": products.PAIRS}[kind]
     random = np.random.default_rng(lanes)
     for number in range(8):
         batch, m, n, k = int(random.choice([1, 3])), *(int(random.choice(SIZES)) for _ in range(3))

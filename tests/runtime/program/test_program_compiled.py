@@ -126,7 +126,9 @@ def test_a_run_on_other_instruction_sets(processor: str, features: str, isa: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "lanes"), [("vnni", 8), ("vnni", 16), ("pairs", 4), ("pairs", 8), ("pairs", 16)])
+@pytest.mark.parametrize(
+    ("kind", "lanes"), [("quads", 4), ("quads", 8), ("quads", 16), ("pairs", 4), ("pairs", 8), ("pairs", 16)]
+)
 def test_product_kernels_of_processors_that_are_not_here(kind: str, lanes: int) -> None:
     """Their code with one instruction spelled out, in a process of its own."""
     script = Path(__file__).with_name("spelled.py")

@@ -1,5 +1,6 @@
 """Machine code: the cache of compiled kernels, products on every path, refusals; what is compiled is tested apart."""
 
+import ctypes
 import re
 import subprocess
 import sys
@@ -17,11 +18,12 @@ from runtime import executors
 from runtime.executors import Announced, compiled
 from runtime.program.builder import Builder
 from runtime.program.compiler import executor as compiler
-from runtime.program.compiler import pairs, products, vnni
+from runtime.program.compiler import pairs, products, quads
 from runtime.program.compiler.executor import CompiledExecutor, allocate
 from runtime.program.compiler.runner import clear, combine
 from runtime.program.vectors import FILE, Vector, load
 from runtime.testing import local_group, tiny_job, train
+from storage import native
 from storage.errors import FailureError
 from storage.native import Library, features, private
 from storage.store import memory_store
@@ -129,14 +131,16 @@ def test_the_general_paths_agree_and_one_is_chosen() -> None:
     if {"avx512vnni", "avxvnni"} & features():
         assert products.chosen() == products.VNNI
     else:
-        assert products.chosen() == (products.PAIRS if "sse2" in features() else products.fallback())
+        kernels = {"sse2": products.PAIRS, "dotprod": products.SDOT}
+        assert products.chosen() == next((k for name, k in kernels.items() if name in features()), products.fallback())
 
 
 @pytest.mark.parametrize(
     ("module", "lanes", "processor", "instruction"),
     [
-        (vnni, 16, "znver4", r"vpdpbusd\s.*%zmm"),
-        (vnni, 8, "alderlake", r"vpdpbusd\s.*%ymm"),
+        (quads, 16, "znver4", r"vpdpbusd\s.*%zmm"),
+        (quads, 8, "alderlake", r"vpdpbusd\s.*%ymm"),
+        (quads, 4, "neoverse-n1", r"sdot\s.*16b"),
         (pairs, 16, "skylake-avx512", r"vpmaddwd\s.*%zmm"),
         (pairs, 8, "haswell", r"vpmaddwd\s.*%ymm"),
         (pairs, 4, "x86-64", r"pmaddwd\s.*%xmm"),
@@ -147,10 +151,32 @@ def test_other_processors_get_the_instruction(
 ) -> None:
     """Nothing runs: LLVM makes their code from the intrinsics that `spelled.py` spells out."""
     monkeypatch.setattr(module, "lanes", lambda: lanes)
-    arguments = {"lefts": (True,), "rights": 1, "levels": ((((0, 0),), 0),)} if module is vnni else {}
+    arguments = {"lefts": (True,), "rights": 1, "levels": ((((0, 0),), 0),)} if module is quads else {}
     text = module.product.__wrapped__(**arguments)
-    target = llvm.Target.from_triple("x86_64-unknown-linux-gnu").create_target_machine(cpu=processor, opt=3)
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    kind = "aarch64" if processor.startswith("neoverse") else "x86_64"
+    try:
+        target = llvm.Target.from_triple(f"{kind}-unknown-linux-gnu").create_target_machine(cpu=processor, opt=3)
+    except RuntimeError as error:
+        pytest.skip(f"LLVM has no such target here: {error}")
     assert re.search(instruction, target.emit_assembly(llvm.parse_assembly(text)))
+
+
+@pytest.mark.parametrize(("bits", "told"), [(1 << 20 | 1 << 6, "+sha2,+dotprod"), (2, "")])
+def test_arm_tells_what_llvm_does_not(bits: int, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By AT_HWCAP, which is 16; benchmarks/arm.py has the kernels found so."""
+    asked: list[int] = []
+
+    class Library:
+        def getauxval(self, kind: ctypes.c_ulong) -> int:
+            asked.append(kind.value)
+            return bits
+
+    monkeypatch.setattr(native.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda _: Library())
+    assert ",".join(native._untold()) == told
+    assert asked == [16]
 
 
 @pytest.fixture

@@ -243,7 +243,7 @@ def broken_add(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 WRONG = {
-    "sqrt": torch.sqrt,
+    "sqrt": lambda x: torch.reciprocal(torch.rsqrt(x)),
     "div": lambda a, b: a * torch.reciprocal(b),
     "add": broken_add,
     "sub": lambda a, b: torch.add(a, b, alpha=-1) + 0.0,

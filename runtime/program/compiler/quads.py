@@ -1,9 +1,10 @@
-"""Digit products in VNNI: packing, and a kernel whose accumulators take all digits of a product in turn.
+"""Digit products by fours: packing, and a kernel whose accumulators take all digits of a product in turn.
 
-B is packed into panels of columns, `[panel][K / 4][columns][4]`: four neighbours along K to a 32-bit lane, zeros to the
-end. A's rows are read where they are if they lie along K, else packed likewise. `vpdpbusd` multiplies unsigned by
-signed bytes, so B's digits are packed with 128 added and 128 times the sum of A's row is taken off at the start; all is
-modulo 2^32, where the true sum lies.
+x86's VNNI and ARM's dot products multiply four bytes by four and add to 32 bits. B is packed into panels of columns,
+`[panel][K / 4][columns][4]`: four neighbours along K to a 32-bit lane, zeros to the end. A's rows are read where they
+are if they lie along K, else packed likewise. `sdot` multiplies signed bytes; `vpdpbusd` unsigned by signed ones, so
+for it B's digits are packed with 128 added and 128 times the sum of A's row is taken off at the start; all is modulo
+2^32, where the true sum lies.
 
 `scan` notes for each row of A that sum and where its first and last digits are: what lies outside is zeros and is
 skipped, which halves the work for causal attention.
@@ -25,7 +26,6 @@ from runtime.program.compiler.matrices import (
     highest,
     lowest,
     matrix,
-    panel_columns,
     read_sizes,
     splat,
     store_row,
@@ -39,27 +39,42 @@ Levels = tuple[tuple[tuple[tuple[int, int], ...], int], ...]
 """(pairs (i, j) of digits to multiply and add, how far to shift the total then), in order."""
 
 
+ARM = 4
+"""Lanes of ARM's vectors."""
+
+
 def lanes() -> int:
-    """i32 lanes of this processor's vectors; 0 where it has no VNNI."""
-    return next((n for n, name in ((16, "avx512vnni"), (8, "avxvnni")) if name in features()), 0)
+    """i32 lanes of this processor's vectors; 0 where it has no such instruction."""
+    found = features()
+    return next((n for n, name in ((16, "avx512vnni"), (8, "avxvnni"), (ARM, "dotprod")) if name in found), 0)
+
+
+def biased() -> bool:
+    """Whether the instruction takes one side's bytes as unsigned."""
+    return lanes() != ARM
+
+
+def panel_columns() -> int:
+    """Columns of B in a panel: what thirty-two registers allow, or AVX2's sixteen."""
+    return lanes() * (2 if lanes() == 8 else 4)
 
 
 def group_bytes() -> int:
     """Bytes of a panel for one group of four along K."""
-    return 4 * panel_columns(lanes())
+    return 4 * panel_columns()
 
 
 def padded(n: int) -> int:
     """n rounded up to whole panels."""
-    return -(-n // panel_columns(lanes())) * panel_columns(lanes())
+    return -(-n // panel_columns()) * panel_columns()
 
 
-def dot(f: Function, total: ir.Value, unsigned: ir.Value, digits: ir.Value) -> ir.Value:
-    """`total` and in each lane the four products of unsigned and signed bytes; all three are vectors of i32."""
+def dot(f: Function, total: ir.Value, right: ir.Value, left: ir.Value) -> ir.Value:
+    """`total` and in each lane the four products of bytes, `right`'s unsigned if `biased`; all are vectors of i32."""
     b, size = f.builder, 32 * total.type.count
     bytes_ = ir.VectorType(I8, size // 8)
-    name = f"llvm.x86.avx512.vpdpbusd.{size}"
-    return f.intrinsic(name, total.type, [total, b.bitcast(unsigned, bytes_), b.bitcast(digits, bytes_)])
+    name = f"llvm.x86.avx512.vpdpbusd.{size}" if biased() else "llvm.aarch64.neon.sdot.v4i32.v16i8"
+    return f.intrinsic(name, total.type, [total, b.bitcast(right, bytes_), b.bitcast(left, bytes_)])
 
 
 # ------------------------------------------------------------------------------------------------------------- packing
@@ -81,10 +96,10 @@ def pack(*, along: str, right: bool) -> str:
     b = f.builder
     k, n, offset, stride_k, stride_n, *batch = read_sizes(f, sizes, 9)
     stride_k, stride_n = (I64(1) if along == axis else s for axis, s in (("k", stride_k), ("n", stride_n)))
-    wide = panel_columns(lanes())
+    wide = panel_columns()
     groups = b.sdiv(b.add(k, I64(3)), I64(4))
     panels = b.sdiv(b.add(n, I64(wide - 1)), I64(wide))
-    flip = I32(-2139062144 if right else 0)  # 0x80808080: adds 128 to each byte
+    flip = I32(-2139062144 if right and biased() else 0)  # 0x80808080: adds 128 to each byte
     with f.loop(first, end) as (panel, _):
         origin = matrix(f, source, b.sdiv(panel, panels), batch, offset)
         column = b.mul(b.srem(panel, panels), I64(wide))
@@ -158,7 +173,7 @@ def scan(*, direct: bool) -> str:
     first, end, a, ranges, sizes = f.arguments
     b = f.builder
     m, k, offset, stride, *batch = read_sizes(f, sizes, 8)
-    wide = panel_columns(lanes())
+    wide = panel_columns()
     panels = b.sdiv(b.add(m, I64(wide - 1)), I64(wide))
     plane = b.mul(panels, I64(wide))
     groups = b.sdiv(b.add(k, I64(3)), I64(4))
@@ -206,7 +221,7 @@ def _scan_panel(f: Function, panel: ir.Value, ranges: ir.Value, groups: ir.Value
     """The same of a packed panel; lanes are rows."""
     b, wide = f.builder, lanes()
     kind = ir.VectorType(I32, wide)
-    for part in range(panel_columns(lanes()) // wide):
+    for part in range(panel_columns() // wide):
         with f.loop(0, groups, carried=[zeros(wide), splat(f, b.trunc(groups, I32), wide), zeros(wide)]) as loop:
             group, state = loop
             total, low, high = state
@@ -257,7 +272,7 @@ def product(*, lefts: tuple[bool, ...], rights: int, levels: Levels) -> str:
     b = f.builder
     m, n, k, *places = read_sizes(f, sizes, 3 + 6 * count)
     groups = b.sdiv(b.add(k, I64(3)), I64(4))
-    wide = panel_columns(lanes())
+    wide = panel_columns()
     panels = b.sdiv(b.add(n, I64(wide - 1)), I64(wide))
     plane = b.mul(b.sdiv(b.add(m, I64(wide - 1)), I64(wide)), I64(wide))
     total = b.sdiv(b.add(m, I64(TILES[0] - 1)), I64(TILES[0]))
@@ -319,7 +334,7 @@ def _tile(
 ) -> None:
     """C[row : row + rows, column : column + panel] in vector accumulators."""
     b, wide = f.builder, lanes()
-    vectors = panel_columns(lanes()) // wide
+    vectors = panel_columns() // wide
     total = [zeros(wide)] * (rows * vectors)
     lines = [b.add(row, I64(r)) for r in range(rows)]
     for pairs, shift in levels:
@@ -338,12 +353,13 @@ def _accumulate(
 ) -> list[ir.Value]:
     """The accumulators with one product of digits added."""
     b, wide = f.builder, lanes()
-    vectors, kind = panel_columns(lanes()) // wide, ir.VectorType(I32, wide)
+    vectors, kind = panel_columns() // wide, ir.VectorType(I32, wide)
     total = list(total)
     low, high = b.trunc(shape.groups, I32), I32(0)
     for r, line in enumerate(lines):
-        taken = splat(f, b.mul(f.load(left.ranges, line, I32), I32(-128)), wide)
-        total[r * vectors : (r + 1) * vectors] = [b.add(t, taken) for t in total[r * vectors : (r + 1) * vectors]]
+        if biased():
+            taken = splat(f, b.mul(f.load(left.ranges, line, I32), I32(-128)), wide)
+            total[r * vectors : (r + 1) * vectors] = [b.add(t, taken) for t in total[r * vectors : (r + 1) * vectors]]
         first, last = (f.load(left.ranges, b.add(line, b.mul(shape.plane, I64(p))), I32) for p in (1, 2))
         low, high = lowest(f, low, first), highest(f, high, last)
     bases = [b.gep(left.base, [_row_offset(f, line, left.stride, shape)], source_etype=I8) for line in lines]
@@ -364,5 +380,5 @@ def _row_offset(f: Function, line: ir.Value, stride: ir.Value | None, shape: _Sh
     b = f.builder
     if stride is not None:
         return b.mul(line, stride)
-    panel, inside = b.sdiv(line, I64(panel_columns(lanes()))), b.srem(line, I64(panel_columns(lanes())))
+    panel, inside = b.sdiv(line, I64(panel_columns())), b.srem(line, I64(panel_columns()))
     return b.add(b.mul(panel, shape.panel_bytes), b.mul(inside, I64(4)))
