@@ -179,6 +179,8 @@ class Nodes:
                     raise
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                self.processes.remove(process)  # it is no node
 
     def other(self, name: str) -> None:
         options = [f"--address={self.address}", f"--dashboard-agent-listen-port={free_port()}"]
