@@ -83,8 +83,9 @@ class Emulator:
         done = folder / "ready"
         wanted = "\n".join(_installed())
         if not done.exists() or done.read_text() != wanted:
-            for part in (done, self._root, self._site, folder / "debs"):
-                shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+            done.unlink(missing_ok=True)
+            for part in (self._root, self._site, folder / "debs"):
+                shutil.rmtree(part, ignore_errors=True)
             self._unpack_debian(folder / "debs")
             self._install(wanted.split("\n"))
             done.write_text(wanted)

@@ -207,7 +207,7 @@ def test_a_verifier_that_is_too_late_ends_no_settlement(
         return send(sender, function, *args, value=value)
 
     monkeypatch.setattr(Settlement, "_in_time", slow)
-    made.model.send = slow_send  # type: ignore[method-assign]
+    monkeypatch.setattr(made.model, "send", slow_send)
     ended = made.settle(*made.everybody)
     assert (ended.state.status, ended.state.finalised) == (Status.CLOSED, 2)
     assert [line for line in made.told if "too late" in line] == [
@@ -227,7 +227,7 @@ def test_other_refusals_of_a_verdict_end_it_while_the_segment_is_pending(
             raise Refused("Already", call=function)
         return send(sender, function, *args, value=value)
 
-    made.model.send = refuse  # type: ignore[method-assign]
+    monkeypatch.setattr(made.model, "send", refuse)
     judging = made.seen_by(*made.everybody)
     judging.open()
     judging.commit()
