@@ -1,5 +1,7 @@
 """Unequal, slowed and killed workers: throughput against the sum of what they can do alone, recovery, overhead.
 
+One that all but stops for a while in the middle of a step, with the step sat out and waited for.
+
 Last, what the planner predicts of a step on hosts that measured themselves, against what the step takes.
 
 All cases train one recipe, `quickstart`'s bigger sibling, on a Ray cluster of this machine with workers of one thread.
@@ -9,6 +11,7 @@ Step times are medians after a warm-up. A worker is slowed by stopping its proce
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import statistics
@@ -23,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Goal, Row, main
+from runtime import work
 from runtime.actors.cluster import Cluster, joined
 from runtime.actors.group import RayGroup
 from runtime.actors.sites import RaySites
@@ -63,6 +67,8 @@ SLOWNESS = 3.0
 PERIOD = 0.01
 """Seconds in which a slowed process has its share: a slow machine is slow at everything, and never at a standstill."""
 WARM = 3
+SPELL_SECONDS, SPELL_SLOWNESS, SPELL_PERIOD = 15.0, 100.0, 0.5
+"""How long a straggler is slow, how much, and in which seconds it has its share."""
 
 
 @dataclass(kw_only=True)
@@ -174,16 +180,16 @@ def slowed(process: int) -> Iterator[None]:
 
 
 @contextmanager
-def stopped_in_turns(process: int) -> Iterator[None]:
-    """A process that is stopped two thirds of the time."""
+def stopped_in_turns(process: int, slowness: float = SLOWNESS, period: float = PERIOD) -> Iterator[None]:
+    """A process that runs 1 / `slowness` of each `period` seconds."""
     end = threading.Event()
 
     def duty() -> None:
         while not end.is_set():
             os.kill(process, signal.SIGSTOP)
-            time.sleep(PERIOD * (SLOWNESS - 1) / SLOWNESS)
+            time.sleep(period * (slowness - 1) / slowness)
             os.kill(process, signal.SIGCONT)
-            time.sleep(PERIOD / SLOWNESS)
+            time.sleep(period / slowness)
 
     thread = threading.Thread(target=duty)
     thread.start()
@@ -357,6 +363,47 @@ def recovery(bench: Bench) -> Iterator[Row]:
         yield Row(name=f"killed replica: {name}, worst", value=max(values), unit="s", goal=goal)
 
 
+def straggler(bench: Bench) -> Iterator[Row]:
+    """One of two workers all but stops for a while: what that costs, where its units are done by the other or not."""
+    done: dict[str, int] = {}
+    for name, grace in (("sat out", work.GRACE), ("waited for", math.inf)):
+        timed, end = Timed(), threading.Event()
+        group, plan, began = bench.group(2), bench.plan(replicas=2), math.inf
+        spells: list[threading.Thread] = []
+
+        def spell(process: int, end: threading.Event = end) -> None:
+            with stopped_in_turns(process, SPELL_SLOWNESS, SPELL_PERIOD):
+                end.wait(SPELL_SECONDS)
+
+        def watch(
+            event: Event, group: Watched = group, plan: Plan = plan, spells: list[threading.Thread] = spells
+        ) -> None:
+            nonlocal began
+            if isinstance(event, Stepped) and event.record.step == WARM:
+                began = time.monotonic()
+                spells.append(threading.Thread(target=spell, args=[group.processes()[plan.workers[-1]]]))
+                spells[0].start()
+
+        def over() -> bool:
+            return time.monotonic() - began > 2 * SPELL_SECONDS  # noqa: B023 - of this turn
+
+        usual, work.GRACE = work.GRACE, grace
+        try:
+            bench.train(group, plan, elastic=Elastic(membership=_Still()), watch=watch, timed=timed, enough=over)
+        finally:
+            work.GRACE = usual
+            end.set()
+            for thread in spells:
+                thread.join()
+        done[name] = len(timed.seconds) - WARM - 1
+        yield Row(name=f"straggler {name}: longest step", value=max(timed.seconds[WARM:]), unit="s")
+        yield Row(name=f"straggler {name}: usual step", value=timed.step, unit="s")
+        yield Row(name=f"straggler {name}: steps in {2 * SPELL_SECONDS:g} s", value=done[name], unit="")
+        told = [what.split()[0] for _, what in timed.told]
+        yield Row(name=f"straggler {name}: workers that joined again", value=told.count("joined"), unit="")
+    yield Row(name="straggler: steps, sat out / waited for", value=done["sat out"] / done["waited for"], unit="x")
+
+
 def prediction(bench: Bench) -> Iterator[Row]:
     """The planner's step on one and on two hosts that measured themselves and their link, and the step that it is."""
     with tempfile.TemporaryDirectory() as folder:
@@ -381,6 +428,7 @@ PARTS = {
     "unequal": unequal,
     "pipeline": pipeline,
     "recovery": recovery,
+    "straggler": straggler,
     "prediction": prediction,
 }
 

@@ -9,9 +9,11 @@ small, 4 s at speed 1: half of what two cores of our machine take (docs/performa
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 
 from benchmarks.harness import Goal, Row, main
+from runtime import work
 from runtime.fleet import Fleet
 from runtime.simulation import Load, simulate
 from storage.errors import UsageError
@@ -29,6 +31,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--units", type=int, default=128, help="micro-batches a step for each host")
     parser.add_argument("--mbit", type=float, nargs=2, default=(10_000.0, 10_000.0), help="slowest and fastest link")
     parser.add_argument("--weights", type=float, default=124e6)
+    parser.add_argument("--spells-per-hour", type=float, default=0.0, help="how often a host is slow for a while")
+    parser.add_argument("--spell", type=float, default=120.0, help="seconds for which it is")
+    parser.add_argument("--slowness", type=float, default=20.0, help="how many times slower it is then")
+    parser.add_argument("--wait", action="store_true", help="wait for stragglers, as if they could not sit out")
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[Row]:
@@ -40,7 +46,12 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
         seed=arguments.seed,
         leave_per_hour=arguments.leave_per_hour,
         mbit=tuple(arguments.mbit),
+        spells_per_hour=arguments.spells_per_hour,
+        spell=arguments.spell,
+        slowness=arguments.slowness,
     )
+    if arguments.wait:
+        work.GRACE = math.inf
     load = Load(weights=arguments.weights, micro_batches=arguments.hosts * arguments.units // arguments.stages)
     report = simulate(fleet, load, stages=arguments.stages, seconds=3600 * arguments.hours)
     hours = report.seconds / 3600
@@ -60,7 +71,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
         yield Row(name=f"time in {phase}", value=report.phases.get(phase, 0.0) / report.seconds, unit="of the run")
 
 
-WERE = {"lost": "were lost", "left": "left with notice", "joined": "joined"}
+WERE = {"lost": "were lost", "left": "left with notice", "joined": "joined", "sat out": "sat a step out"}
 
 if __name__ == "__main__":
     raise SystemExit(main(measure, __doc__, add_options=add_options))

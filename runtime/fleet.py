@@ -17,7 +17,8 @@ class Fleet:
     """What the machines are like. Ranges are drawn from log-uniformly; a host that leaves is replaced by another.
 
     `leave_per_hour` is the share of hosts that leave within an hour, `noticed` the share of those that say so `notice`
-    seconds before; the next one comes `away` seconds after on average.
+    seconds before; the next one comes `away` seconds after on average. `spells_per_hour` times an hour, on average, a
+    host computes `slowness` times slower for `spell` seconds.
     """
 
     hosts: int
@@ -31,6 +32,9 @@ class Fleet:
     latency: tuple[float, float] = (0.005, 0.05)
     start: tuple[float, float] = (20.0, 60.0)
     controller_mbit: float = 10_000.0
+    spells_per_hour: float = 0.0
+    spell: float = 120.0
+    slowness: float = 20.0
 
 
 class VirtualClock:
@@ -72,6 +76,35 @@ class _Later(Future[None]):
         return self.clock.time >= self.at
 
 
+class Spells:
+    """When a host is slower than it should be: moments that are drawn as they are needed, whatever else is."""
+
+    def __init__(self, fleet: Fleet, number: int, born: float) -> None:
+        self._rate = fleet.spells_per_hour / 3600
+        self._length, self._slowness = fleet.spell, fleet.slowness
+        self._draw = random.Random(f"{fleet.seed} {number}")  # noqa: S311 - a simulation
+        self._next = born
+        if self._rate:
+            self._later(born)
+
+    def _later(self, moment: float) -> None:
+        self._next = moment + self._draw.expovariate(self._rate)
+
+    def stretched(self, began: float, seconds: float) -> float:
+        """Seconds that computing of so many takes; asked in the order in which it begins."""
+        end = began
+        while self._rate and self._next < end + seconds:
+            quick = max(self._next - end, 0.0)
+            stop = self._next + self._length
+            slow = max(min((seconds - quick) * self._slowness, stop - (end + quick)), 0.0)
+            seconds -= quick + slow / self._slowness
+            end += quick + slow
+            if end < stop and seconds <= 0:
+                break
+            self._later(stop)
+        return end + seconds - began
+
+
 @dataclass(kw_only=True, eq=False)
 class Host:
     """A machine. `dies` is when it will go, `noticed` when it says so, `gone` when it was let go before."""
@@ -85,6 +118,7 @@ class Host:
     dies: float
     noticed: float
     gone: float = NEVER
+    spells: "Spells"
     incoming: float = 0.0
     """When the link has brought what it has been asked to so far."""
 
@@ -147,6 +181,7 @@ class Machines:
             born=born,
             dies=dies,
             noticed=max(dies - fleet.notice, born) if told else NEVER,
+            spells=Spells(fleet, len(self.hosts), born),
         )
         self.hosts.append(host)
         heappush(self._next, (born, host.number, True))

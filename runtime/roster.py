@@ -15,7 +15,9 @@ from runtime.groups import Handle, Membership, ValueLost, WorkersLost
 from runtime.plan import Plan
 from runtime.revision import Reviser, Revision, Standing
 from runtime.shards import WEIGHT, Layout, make_layout
+from runtime.stragglers import Stragglers
 from runtime.transition import Crew
+from runtime.work import Late
 from storage.codec import encode
 from storage.errors import FailureError
 
@@ -33,6 +35,8 @@ WINDOW_BYTES = 2**28
 """Bytes of tensors on their way to a new holder at a time."""
 POLL = 0.5
 """Seconds after which tensors on their way are looked at."""
+TRIES = 3
+"""In so many steps a worker that sat one out may try to take the state within the step, before all wait for it."""
 MISSED = 5
 """How often in a row tensors that a worker is given may be lost on their way, while no worker is known to be."""
 REASON, TOLD = 160, 400
@@ -78,6 +82,9 @@ class Roster:
         """Workers that are being started: their names in the group and their stages."""
         self._here: list[tuple[str, int]] = []
         """Workers that are there and take no part yet."""
+        self._stragglers = Stragglers(crew, note)
+        self._tries: dict[str, int] = {}
+        """Steps within which those that sat out may still try to take the state, before others wait for them to."""
         self._fetches: dict[str, _Fetch] = {}
         """What those of them take from their peers while units are under way."""
         self._next_look = self._next_ask = 0.0
@@ -98,6 +105,8 @@ class Roster:
         crew.pace.forget(error.lost)
         for name in error.lost:
             self._fetches.pop(name, None)
+            self._stragglers.give_up(name)
+            self._tries.pop(name, None)
             if crew.joined.pop(name, None) is not None:
                 self._note(f"lost {name}, new in this step: {error.lost[name][:REASON]}")
         self._here = [(name, stage) for name, stage in self._here if name not in error.lost]
@@ -117,9 +126,10 @@ class Roster:
         With a reviser: change over to another plan where that pays in the steps that are left.
         """
         self._welcome()
+        self._take_back()
         now = self._crew.pace.now()
         left = self._leaving() if now >= self._next_look else {}
-        here = [] if self._reviser else list(self._here)  # with a reviser they come with their plan
+        here = [] if self._reviser else [one for one in self._here if not self._tries.get(one[0])]
         if left or here:
             self._change(left, here)
         self._look()
@@ -138,7 +148,7 @@ class Roster:
             raise WorkersLost({crew.members[place]: f"{why}, before the step's end" for place, why in going.items()})
         self._look()
         self._welcome()
-        some, peers = False, cache(crew.present)
+        some, peers = self._take_back(), cache(crew.present)
         for name, stage in list(self._here) if crew.roots else []:  # after a restore they are not known
             if name not in self._fetches:
                 tensors = _kept(crew, crew.layout, crew.plan.team(stage)[0])
@@ -162,6 +172,9 @@ class Roster:
         """See Changes. Who lacks some of the state begins again later: no old part of it may arrive after a new one."""
         crew = self._crew
         for name, fetch in list(self._fetches.items()):
+            if self._tries.get(name):
+                self._tries[name] -= 1
+                continue  # nobody waits for a slow one: what is still on its way has an old number
             try:
                 crew.group.get([taken for taken, _ in fetch.under_way])
             except WorkersLost:
@@ -173,6 +186,31 @@ class Roster:
             gone = {place: crew.gone[name] for place, name in crew.members.items() if name in crew.gone}
             self._change(gone, list(crew.joined.items()))
             crew.gone = {}
+
+    # --------------------------------------------------------------------------------------------------- stragglers
+
+    def sit_out(self, late: Late) -> bool:
+        """See Changes; a reviser's plan has no place for one that comes back."""
+        if self._reviser:
+            return False
+        self._stragglers.sit_out(late)
+        return True
+
+    def made(self, step: int, receipts: Sequence[bytes]) -> None:
+        """See Changes."""
+        self._stragglers.outdate()
+        self._stragglers.compare(step, receipts)
+
+    def _take_back(self) -> bool:
+        """Have those take part who sat out; whether some hold the state as it is, and may be given units at once."""
+        back = self._stragglers.back()
+        self._crew.joined |= {name: stage for name, stage, current in back if current}
+        late = {name: stage for name, stage, current in back if not current}
+        self._here += late.items()
+        self._tries |= dict.fromkeys(late, TRIES)
+        return any(current for *_, current in back)
+
+    # --------------------------------------------------------------------------------------------------- who there is
 
     def _dismiss(self, name: str, error: FailureError) -> None:
         """A worker that did not get the state is not waited for."""
@@ -285,9 +323,15 @@ class Roster:
         return gone
 
     def _require_somebody(self, gone: Mapping[str, str]) -> None:
-        plan = self._crew.plan
+        """StageLost where a stage has nobody left; who sits out and holds the state is waited for."""
+        crew, plan = self._crew, self._crew.plan
         for stage in range(len(plan.replicas)):
-            if set(plan.team(stage)) <= set(gone) and stage not in self._crew.joined.values():
+            if not set(plan.team(stage)) <= set(gone):
+                continue
+            while stage not in crew.joined.values() and self._stragglers.hold(stage):
+                crew.group.wait([], POLL)
+                self._take_back()
+            if stage not in crew.joined.values():
                 raise StageLost(
                     f"stage {stage}: every replica was lost ({'; '.join(gone.values())[:REASON]}); the run goes on "
                     f"from the last checkpoint once there are workers again"
@@ -301,7 +345,8 @@ class Roster:
         configs: dict[int, tuple[str, bytes]] = {}
         crew = self._crew
         replicas = [len(crew.present(stage)) for stage in range(len(crew.plan.replicas))]
-        for expected in [stage for _, stage, _ in self._coming] + [stage for _, stage in self._here]:
+        here = [stage for _, stage in self._here]
+        for expected in [stage for _, stage, _ in self._coming] + here + self._stragglers.stages:
             replicas[expected] += 1
         while room > 0 and (stage := self._short(replicas)) is not None:
             if stage not in configs:

@@ -291,7 +291,10 @@ class SimulatedGroup:
         seconds = self._seconds(made, amount) / host.speed
         if made.method in ("seal", "gradients"):
             seconds = self._hash(member, seconds, made.method == "gradients")
+        seconds = host.spells.stretched(began, seconds)
         member.free = finish = began + seconds
+        if made.method == "forsake":
+            member.step, member.hashed = -1, None
         if made.method in ("forward", "last", "backward"):
             member.hashed = None
             self._compute(member, made, began, seconds)
@@ -526,6 +529,8 @@ class SimulatedGroup:
                 return 0
             case "receipt":
                 return b""
+            case "forsake":
+                return {}
         return None
 
 
@@ -637,7 +642,7 @@ class Report:
     lost_units: int
     phases: Mapping[str, float]
     changes: Mapping[str, int]
-    """How often a worker was lost, left, joined."""
+    """How often a worker was lost, left, joined, sat a step out."""
 
     @property
     def useful(self) -> float:
@@ -677,7 +682,7 @@ def simulate(
             done, root = event.record.step + 1, event.record.state_root
             seen["steps"] += 1
         elif isinstance(event, Changed):
-            seen[event.what.partition(" ")[0]] += 1
+            seen["sat out" if " sits out " in event.what else event.what.partition(" ")[0]] += 1
         elif isinstance(event, Assembled):
             seen["assembled"] += 1
 
@@ -713,5 +718,5 @@ def _report(group: SimulatedGroup, root: bytes, steps: int, began: float, seen: 
         power=math.fsum(seconds * host.speed for host, seconds in alive),
         lost_units=group.computed_units - sum(tally.units.total() for tally in tallies),
         phases=dict(group.phases),
-        changes={what: seen.get(what, 0) for what in ("lost", "left", "joined")},
+        changes={what: seen.get(what, 0) for what in ("lost", "left", "joined", "sat out")},
     )

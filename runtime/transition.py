@@ -17,7 +17,7 @@ from runtime.groups import Handle, ValueLost, WorkerConfig, WorkerGroup, Workers
 from runtime.plan import Plan
 from runtime.program.training import TrainingProgram
 from runtime.shards import GRADIENT, WEIGHT, Chunk, ChunkRoots, Layout, make_layout, tensor_entries
-from runtime.work import Pace, Work
+from runtime.work import Late, Pace, Work
 from storage import merkle
 from storage.codec import encode
 from storage.errors import FailureError
@@ -38,8 +38,17 @@ class Changes(Protocol):
     def meanwhile(self, left: float) -> bool:
         """While units are under way, about `left` seconds more: let take part who has come. Whether somebody has."""
 
+    def sit_out(self, late: Late) -> bool:
+        """Whether a straggler takes no part until it is done with what it has: its units are done by others then.
+
+        This one raises nothing: what a worker did is never to be counted beside what others do again.
+        """
+
     def settle(self) -> None:
         """Before the state changes: a place for everybody who takes part, and nobody else has one."""
+
+    def made(self, step: int, receipts: Sequence[bytes]) -> None:
+        """The next state is made, these are the receipts of what counts, and the state changes from now on."""
 
 
 @dataclass(kw_only=True)
@@ -57,7 +66,7 @@ class Crew:
     """What a tensor's state consists of: `weight`, then the optimiser's slots."""
     members: dict[str, str]
     gone: dict[str, str] = field(default_factory=dict)
-    """Workers that are lost and have their places yet, with the reason: nobody calls them."""
+    """Workers that are lost, or sit the step out, and have their places yet, with the reason: nobody counts on them."""
     joined: dict[str, int] = field(default_factory=dict)
     """Workers that take part and have no place yet, with their stages, whose state they hold."""
     fetches: Iterator[int] = field(default_factory=count)
@@ -249,7 +258,7 @@ def train_step(
     events = [] if events is None else events
     work = Work(team=crew, step=step, batch=batch, micro_batches=crew.plan.micro_batches)
     if changes:
-        work.meanwhile = changes.meanwhile
+        work.meanwhile, work.sit_out = changes.meanwhile, changes.sit_out
 
     def attempt() -> tuple[int, bytes, ChunkRoots, tuple[bytes, ...]]:
         losses = work.run()
@@ -263,6 +272,8 @@ def train_step(
         return loss, gradient_root, roots, tuple(receipt for receipt in crew.gather("receipt", run, step) if receipt)
 
     loss, gradient_root, roots, receipts = going_on(crew, attempt, changes, work)
+    if changes:
+        changes.made(step, receipts)
     going_on(crew, lambda: crew.gather("commit"), changes)
     crew.roots = roots  # not before: a step that is gone through again begins with the state before
     measured = going_on(crew, lambda: _validate(crew, validation), changes)

@@ -6,6 +6,7 @@ end of a step only where the others would not have done all of them before it ha
 replica begins no more units than its stage is from the end (1F1B). Nothing here can change a bit.
 """
 
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
@@ -33,6 +34,10 @@ BRIEF = 1e-6
 """Seconds that a unit takes at least."""
 SLACK = 10.0
 """How many times the expected time a call may take before its worker is taken for hung."""
+GRACE = 3.0
+"""Seconds that a call may be late whatever its length before others do again what its worker did."""
+ROUNDS = 2
+"""Units for each replica of which it is looked at closely who does them."""
 
 
 class Team(Protocol):
@@ -131,6 +136,19 @@ class Call:
     again: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Late:
+    """A worker that holds up a step: what it is at since when, and the handles of all that it has to do."""
+
+    worker: str
+    stage: int
+    step: int
+    method: str
+    since: float
+    handles: tuple[Handle, ...]
+    reason: str
+
+
 class Line:
     """A stage's replicas that may be given a unit, in the order in which each would finish it.
 
@@ -191,6 +209,8 @@ class Work:
     micro_batches: Sequence[int]
     meanwhile: Callable[[float], bool] = lambda _: False
     """Called again and again with the seconds that are left: whether somebody has come who may be given units."""
+    sit_out: Callable[[Late], bool] = lambda _: False
+    """Told of a straggler; whether it takes no part in the step any more, so that others do its units again."""
     units: dict[tuple[int, int], Unit] = field(init=False)
     calls: dict[str, list[Call]] = field(init=False, default_factory=lambda: defaultdict(list))
     """What each worker has to do, in order."""
@@ -208,6 +228,8 @@ class Work:
     """Those that each stage has done forward and not begun backward."""
     _failed: str = field(init=False, default="")
     """The worker that was dismissed because its calls failed."""
+    _next_look: float = field(init=False, default=0.0)
+    """When there is a look for stragglers again."""
     _lines: dict[int, Line] = field(init=False, default_factory=dict)
     _busy: dict[int, tuple[np.ndarray, np.ndarray]] = field(init=False, default_factory=dict)
     """When each stage's replicas that have enough to do are done with it, and their seconds a unit, as of now."""
@@ -244,6 +266,9 @@ class Work:
                 self._lines = {}
             self._issue()
             self._collect()
+            if (late := self._straggler()) and self.sit_out(late):
+                self.forget([late.worker])
+                self._lines = {}
         return [self.units[self._last, m].loss for m in self.micro_batches]
 
     def _seconds_left(self) -> float:
@@ -554,3 +579,55 @@ class Work:
                 late[worker] = f"no answer to {call.method} in {taken:.0f} s, expected within {allowed:.0f} s"
         if late:
             raise WorkersLost(late)
+
+    def _straggler(self) -> Late | None:
+        """A worker that is later than the others of its stage need for what is left and all that it did of the step.
+
+        Who waits as long as the remedy takes waits at most twice as long as would have been best, whenever the worker
+        will be done (as who rents skis until that has cost a pair).
+        """
+        pace, now = self.team.pace, self.team.pace.now()
+        if self.team.fixed or now < self._next_look:
+            return None
+        self._now, self._next_look = now, now + POLL
+        for stage in range(self._last, -1, -1):
+            team = self.team.present(stage)
+            for worker in team:
+                if not (calls := self.calls[worker]):
+                    continue
+                method, since = calls[0].method, self._began(calls[0])
+                expected = pace.of(worker, method, stage)
+                if expected is None or (late := now - since - expected) <= GRACE:
+                    continue
+                if late > (seconds := self._seconds_without(stage, worker, team)):
+                    reason = f"{late:.1f} s late with {method}, others need {seconds:.1f} s for all that is left"
+                    return Late(
+                        worker=worker,
+                        stage=stage,
+                        step=self.step,
+                        method=method,
+                        since=since,
+                        handles=tuple(call.results[0] for call in calls),
+                        reason=reason,
+                    )
+        return None
+
+    def _seconds_without(self, stage: int, worker: str, team: Sequence[str]) -> float:
+        """In which the others of a stage would have done its units that are left, and all of this worker's.
+
+        Each by the one that would finish it first; of many the most as fast as all are together.
+        """
+        units = [self._unit(stage, other) for other in team if other != worker]
+        ends = [self._idle(stage, other) - self._now for other in team if other != worker]
+        if not units:
+            return math.inf
+        left = self._unbegun[stage] + sum(unit.worker == worker for unit in self.units.values())
+        many = max(left - ROUNDS * len(units), 0)
+        shift = many / sum(1 / seconds for seconds in units)
+        heap = [(end + shift + seconds, seconds) for end, seconds in zip(ends, units, strict=True)]
+        heapify(heap)
+        done = 0.0
+        for _ in range(left - many):
+            done, seconds = heap[0]
+            heapreplace(heap, (done + seconds, seconds))
+        return done

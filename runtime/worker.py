@@ -320,6 +320,15 @@ class StageWorker:
         self._begin(-1)
         self._next, self._totals = {}, {}
 
+    def forsake(self, step: int) -> dict[int, dict[str, bytes]]:
+        """Forget what was done of a step, as others do it again: the digests of what came in and went out of each unit.
+
+        They are by micro-batch, then by what: `x`, `y`, `dy` and `dx` as far as it got.
+        """
+        made = self._units if step == self._step else {}
+        self.drop()
+        return made
+
     # -------------------------------------------------------------------------------------------- reduce and update
 
     def seal(self, step: int) -> None:

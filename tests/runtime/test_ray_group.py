@@ -1,6 +1,7 @@
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -67,6 +68,36 @@ def test_ray_gives_the_same_root_as_this_process(cluster: Cluster, tmp_path: Pat
     assert train(there, job, group=RayGroup(cpus=cluster.cpus), plan=plan, keys=str(tmp_path)) == ended
     history = History.open(there, "tiny")
     assert len(history.items(history.segments()[0].receipts_object)) == 8
+
+
+class SlowActor(WorkerActor):
+    """In step 2 the first unit takes s0r1 three seconds, and the third and later ones take s0r0 five."""
+
+    slept = 0
+
+    def call(self, method: str, returns: int | None, *args: object) -> object:
+        if method == "last" and args[0] == 2:
+            self.slept += 1
+            place = getattr(self._worker, "_id", "")
+            if (place == "s0r1" and self.slept == 1) or (place == "s0r0" and self.slept == 3):
+                time.sleep(3.0 if place == "s0r1" else 5.0)
+        return super().call(method, returns, *args)
+
+
+def test_stragglers_sit_out_and_one_is_back_within_the_step_to_do_what_the_other_holds_up(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.work.GRACE", 0.5)
+    store = memory_store()
+    job = tiny_job(store)
+    group = RayGroup(cpus=cluster.cpus, actor=SlowActor)
+    plan, elastic = plan_for(job, replicas=2), Elastic(membership=group)
+    ended = train(store, job, group=group, plan=plan, elastic=elastic, keys=str(tmp_path))
+    other = memory_store()
+    assert ended == train(other, tiny_job(other))
+    events = History.open(store, "tiny").steps()[2].events
+    told = [event.partition(":")[0] for event in events]
+    assert told == ["s0r1 sits out step 2", "s0r0 sits out step 2", "joined s0r0"]  # who has come closes up
 
 
 class IdleActor(WorkerActor):

@@ -1,8 +1,10 @@
 """The controller over fleets that are not there: the same seed the same history, and nothing lost or counted twice."""
 
+import math
+
 import pytest
 
-from runtime.fleet import Fleet, Host, VirtualClock
+from runtime.fleet import Fleet, Host, Spells, VirtualClock
 from runtime.simulation import Load, Report, SimulatedGroup, simulate
 from runtime.work import Line
 
@@ -90,6 +92,29 @@ def test_shares_that_are_fixed_wait_for_the_slowest() -> None:
     group.machines.hosts[0].speed = 1 / 3
     report = simulate(fleet, SMALL, steps=3, fixed=True, group=group)
     assert report.against_ideal < 0.5
+
+
+def test_what_is_computed_in_a_spell_takes_longer_while_it_lasts() -> None:
+    fleet = Fleet(hosts=1, spells_per_hour=1.0, spell=10.0, slowness=5.0)
+    first = Spells(fleet, 0, 0.0)._next
+    takes = [Spells(fleet, 0, 0.0).stretched(first + after, 4.0) for after in (-4.0, -2.0, 0.0, 8.0, 12.0)]
+    assert takes == pytest.approx([4.0, 2.0 + 10.0, 10.0 + 2.0, 2.0 + 3.6, 4.0])
+    assert Spells(Fleet(hosts=1), 0, 0.0).stretched(first, 4.0) == 4.0
+
+
+def test_stragglers_that_sit_out_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = Load(weights=4e6, blocks=4, micro_batches=160, segment=5, activation=1e5)
+    fleet = Fleet(hosts=20, leave_per_hour=0.0, spells_per_hour=6.0, spell=100.0, speeds=(1.0, 1.0), **QUICK)
+    reports = []
+    for grace in (3.0, math.inf):
+        monkeypatch.setattr("runtime.work.GRACE", grace)
+        report, group = run(fleet, load=load, steps=15)
+        counted_once(group, load, 1, 15)
+        reports.append(report)
+    out, waited = reports
+    assert out.root == waited.root
+    assert (out.changes["sat out"] > 3, waited.changes["sat out"]) == (True, 0)
+    assert out.seconds < 0.75 * waited.seconds
 
 
 def test_a_line_is_what_looking_at_all_gives() -> None:
