@@ -57,7 +57,7 @@ class Standing:
     """How a run stands between two steps.
 
     `hosts` names the host of each place of the plan; `seconds` is what a unit takes there, forward and backward, where
-    that is known; `now` is of the run's clock.
+    that is known; `now` is of the run's clock; `away` are hosts to do without, as their workers held up a step.
     """
 
     plan: Plan
@@ -65,6 +65,7 @@ class Standing:
     seconds: Mapping[str, float]
     steps_left: int
     now: float
+    away: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,7 @@ class ByPlanner:
 
     def revise(self, standing: Standing) -> Revision | None:
         """See Reviser. Pays: what is saved in the steps left is more than moving the state takes."""
-        there = {host.name: host for host in self.sites.hosts()}
+        there = {host.name: host for host in self.sites.hosts() if host.name not in standing.away}
         basis = (frozenset(there), frozenset(standing.hosts.values()), standing.plan.bounds)
         if basis[1:] != self._basis[1:]:
             self._recent = {}

@@ -30,7 +30,9 @@ NOTICE_SECONDS = 120.0
 CLOSE_SECONDS = 20.0
 """How long the end of a run waits for starts that are called off: Ray does not bear its end in the middle of one."""
 REST_SECONDS = 30.0
-"""How long after a worker that did not come up no other is asked for."""
+"""How long after a worker that did not come up no other is asked for, and a host rests whose worker sat out."""
+RESTS = 5
+"""How often that doubles."""
 WINDOW_BYTES = 2**28
 """Bytes of tensors on their way to a new holder at a time."""
 POLL = 0.5
@@ -83,6 +85,8 @@ class Roster:
         self._here: list[tuple[str, int]] = []
         """Workers that are there and take no part yet."""
         self._stragglers = Stragglers(crew, note)
+        self._rests: dict[str, tuple[int, float]] = {}
+        """How often a worker on a host sat out, and until when no plan has the host."""
         self._tries: dict[str, int] = {}
         """Steps within which those that sat out may still try to take the state, before others wait for them to."""
         self._fetches: dict[str, _Fetch] = {}
@@ -143,7 +147,7 @@ class Roster:
         """
         crew = self._crew
         if crew.fixed or self._reviser:
-            return False
+            return self._take_back()
         if left > NOTICE_SECONDS and crew.pace.now() >= self._next_look and (going := self._leaving()):
             raise WorkersLost({crew.members[place]: f"{why}, before the step's end" for place, why in going.items()})
         self._look()
@@ -189,12 +193,12 @@ class Roster:
 
     # --------------------------------------------------------------------------------------------------- stragglers
 
-    def sit_out(self, late: Late) -> bool:
-        """See Changes; a reviser's plan has no place for one that comes back."""
-        if self._reviser:
-            return False
+    def sit_out(self, late: Late) -> None:
+        """See Changes. With a reviser its host rests for a while, twice as long each time."""
         self._stragglers.sit_out(late)
-        return True
+        if self._reviser and (host := self._reviser.sites.at().get(late.worker)):
+            times, _ = self._rests.get(host, (0, 0.0))
+            self._rests[host] = times + 1, self._crew.pace.now() + REST_SECONDS * 2 ** min(times, RESTS)
 
     def made(self, step: int, receipts: Sequence[bytes]) -> None:
         """See Changes."""
@@ -202,10 +206,13 @@ class Roster:
         self._stragglers.compare(step, receipts)
 
     def _take_back(self) -> bool:
-        """Have those take part who sat out; whether some hold the state as it is, and may be given units at once."""
+        """Have those take part who sat out; whether some hold the state as it is, and may be given units at once.
+
+        With a reviser others wait until a plan has a place for them.
+        """
         back = self._stragglers.back()
         self._crew.joined |= {name: stage for name, stage, current in back if current}
-        late = {name: stage for name, stage, current in back if not current}
+        late = {name: stage for name, stage, current in back if not current and not self._reviser}
         self._here += late.items()
         self._tries |= dict.fromkeys(late, TRIES)
         return any(current for *_, current in back)
@@ -276,7 +283,11 @@ class Roster:
         hosts = {place: at[name] for place, name in crew.members.items() if name in at}
         known = {place: self._observed(place) for place in hosts}
         seconds = {place: unit for place, unit in known.items() if unit is not None}
-        return Standing(plan=crew.plan, hosts=hosts, seconds=seconds, steps_left=steps_left, now=now)
+        sitting = {at[name] for name in self._stragglers.workers if name in at}
+        away = sitting | {host for host, (_, until) in self._rests.items() if until > now} - set(hosts.values())
+        return Standing(
+            plan=crew.plan, hosts=hosts, seconds=seconds, steps_left=steps_left, now=now, away=frozenset(away)
+        )
 
     def _observed(self, place: str) -> float | None:
         """Seconds that a unit takes the worker at a place, None where it has not done one."""
@@ -297,7 +308,8 @@ class Roster:
     def _follow(self, reviser: Reviser, target: Revision) -> None:
         """Change over to a plan, unless some of its workers did not come or are lost again."""
         crew = self._crew
-        worker = {host: name for name, host in reviser.sites.at().items() if name not in crew.gone}
+        late = self._stragglers.workers
+        worker = {host: name for name, host in reviser.sites.at().items() if name not in (*crew.gone, *late)}
         members = {place: worker[host] for place, host in target.places.items() if host in worker}
         missing = len(members) < len(target.plan.workers)
         if not missing:
@@ -305,7 +317,9 @@ class Roster:
             crew.pace.forget(members.values())  # stages are others, and so are their units
             self._note(target.told[:TOLD])
         self._here = []
-        rest = set(worker.values()) - set(crew.members.values())
+        rest = (set(worker.values()) | set(late)) - set(crew.members.values())
+        for name in late:
+            self._stragglers.give_up(name)
         crew.group.stop(sorted(rest))
         crew.pace.forget(rest)
         if not missing:

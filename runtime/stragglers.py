@@ -43,6 +43,11 @@ class Stragglers:
         """Those whose units were done twice, until what both made is known."""
 
     @property
+    def workers(self) -> list[str]:
+        """Those that sit out."""
+        return list(self._sitting)
+
+    @property
     def stages(self) -> list[int]:
         """The stage of each that sits out."""
         return [sitting.late.stage for sitting in self._sitting.values()]

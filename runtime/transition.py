@@ -38,8 +38,8 @@ class Changes(Protocol):
     def meanwhile(self, left: float) -> bool:
         """While units are under way, about `left` seconds more: let take part who has come. Whether somebody has."""
 
-    def sit_out(self, late: Late) -> bool:
-        """Whether a straggler takes no part until it is done with what it has: its units are done by others then.
+    def sit_out(self, late: Late) -> None:
+        """Have a straggler take no part until it is done with what it has, as others do its units again.
 
         This one raises nothing: what a worker did is never to be counted beside what others do again.
         """

@@ -209,8 +209,8 @@ class Work:
     micro_batches: Sequence[int]
     meanwhile: Callable[[float], bool] = lambda _: False
     """Called again and again with the seconds that are left: whether somebody has come who may be given units."""
-    sit_out: Callable[[Late], bool] = lambda _: False
-    """Told of a straggler; whether it takes no part in the step any more, so that others do its units again."""
+    sit_out: Callable[[Late], None] | None = None
+    """Told of a straggler that takes no part in the step any more; without it nobody sits out."""
     units: dict[tuple[int, int], Unit] = field(init=False)
     calls: dict[str, list[Call]] = field(init=False, default_factory=lambda: defaultdict(list))
     """What each worker has to do, in order."""
@@ -266,7 +266,8 @@ class Work:
                 self._lines = {}
             self._issue()
             self._collect()
-            if (late := self._straggler()) and self.sit_out(late):
+            if self.sit_out and (late := self._straggler()):
+                self.sit_out(late)
                 self.forget([late.worker])
                 self._lines = {}
         return [self.units[self._last, m].loss for m in self.micro_batches]

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.controller import Changed, Controller, Elastic, Ended, Event
+from runtime.controller import Changed, Controller, Elastic, Ended, Event, sent
+from runtime.costs import Block, Host, Model
 from runtime.fleet import VirtualClock
 from runtime.groups import Handle, LocalGroup, WorkersLost
+from runtime.revision import ByPlanner
 from runtime.segments import History
 from runtime.testing import plan_for, remembered, tiny_job, train
 from runtime.worker import StageWorker, worker_builder
@@ -247,6 +249,65 @@ def test_whoever_is_slow_or_lost_when_changes_no_bit(honest: tuple[Ended, list[b
         assert result == honest, told
         sat += sum("sits out" in what for what in told)
     assert sat >= 6
+
+
+class Hosted(TimedGroup):
+    """Workers on hosts of their own: its own Sites, too."""
+
+    def __init__(self, slowness: Slowness, hosts: str) -> None:
+        super().__init__(slowness)
+        self.there = [Host(name=name, speed=1.0, memory=2**30, bandwidth=1e9, latency=0.0) for name in hosts]
+        self.sent: dict[str, str] = {}
+
+    def hosts(self) -> Sequence[Host]:
+        return self.there
+
+    def at(self) -> Mapping[str, str]:
+        return {worker: self.sent[worker] for worker in self._workers}
+
+    def send(self, workers: Mapping[str, str]) -> None:
+        self.sent |= workers
+
+
+def planned(group: Hosted, *, steps: int) -> tuple[Ended, list[str]]:
+    """The tiny job by the planner, on three equal hosts: how it ended, and what happened to its workers."""
+    store, told = memory_store(), []
+    job = tiny_job(store, steps=steps)
+    model = Model(
+        blocks=tuple(Block(work=0.25, input_bytes=0, tensors=tuple(block.tensors)) for block in job.program.blocks),
+        elements={spec.name: int(np.prod(spec.shape)) for spec in job.program.tensors},
+        slots=len(job.program.slots),
+        micro_batches=job.program.micro_batches,
+    )
+    reviser = ByPlanner(model=model, sites=group)
+
+    def observe(event: Event) -> None:
+        if isinstance(event, Changed):
+            told.append(event.what)
+
+    ended = Controller(
+        store=store,
+        job=job,
+        group=group,
+        plan=sent(reviser, reviser.begin()),
+        elastic=Elastic(membership=group, clock=group.clock, patience=1.0, reviser=reviser),
+        observe=observe,
+    ).run()
+    return ended, told
+
+
+@pytest.mark.parametrize("seconds", [8.0, 1e6])
+def test_a_planner_does_without_the_host_of_a_straggler_for_a_while(
+    monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr("runtime.roster.REST_SECONDS", 6.0)
+    store = memory_store()
+    group = Hosted(once("s0r1", seconds), "ab")
+    ended, told = planned(group, steps=9)
+    assert ended == train(store, tiny_job(store, steps=9))
+    assert told[0].startswith("s0r1 sits out step 1: ")
+    moved = "moved: blocks 0-3 on a, now 0-3 on a, b, saves 50% of a step"
+    assert told[1:] == [moved] * (seconds < 10)
 
 
 class Odd(StageWorker):
