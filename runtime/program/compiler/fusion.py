@@ -250,11 +250,15 @@ class Fusion:
         stage.clusters += [c for c in clusters if c.members]
 
     def _layout(self, cluster: Cluster, value: int, member: Member) -> Layout:
-        """In the order of its dimensions for an output or a part of one, else in that of the loops."""
+        """In the order of its dimensions for an output, a part of one and numbers of rows, else in that of the loops.
+
+        Numbers of rows are few to write, and others may read them along rows of their own.
+        """
         if value in self._homes:
             return self._part(self._homes[value])
         own = [a for dim in member.dims if dim for a in self.axes.leaves(dim)]
-        order = own if value in self.graph.outputs else [a for a in cluster.space if a in own]
+        full = cluster.space and cluster.space[-1] in own
+        order = [a for a in cluster.space if a in own] if full and value not in self.graph.outputs else own
         strides, stride = {}, 1
         for axis in reversed(order):
             strides[axis] = stride

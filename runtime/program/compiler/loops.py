@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir
@@ -86,11 +87,15 @@ def _rint(f: Function, x: list[ir.Value], op: Op, dtypes: list[str]) -> ir.Value
     return f.builder.fptosi(rounded, TYPE[op.type.dtype])
 
 
-def refused(f: Function, x: ir.Value, op: Op) -> ir.Value:
-    """Whether `rint` refuses x. From 2^23 on every binary32 is an integer, so x itself may be compared there."""
-    bound = op.attributes["bound"]
+def excess(f: Function, x: ir.Value, op: Op) -> ir.Value:
+    """By how much the bits of |x| exceed those of what `rint` refuses from: it accepts x where this is negative.
+
+    Bits of numbers without a sign are ordered as the numbers are, NaN last. From 2^23 on every binary32 is an integer,
+    so x itself may be compared there. Keeping the largest of these costs a loop less than keeping a flag.
+    """
+    bound, b = op.attributes["bound"], f.builder
     inspected = x if bound >= 23 else f.intrinsic("llvm.rint.f32", F32, [x])
-    return f.builder.fcmp_unordered(">=", f.intrinsic("llvm.fabs.f32", F32, [inspected]), F32(2.0**bound))
+    return b.sub(b.and_(b.bitcast(inspected, I32), I32(0x7FFFFFFF)), I32((bound + 127) << 23))
 
 
 def _cast(f: Function, x: list[ir.Value], op: Op, dtypes: list[str]) -> ir.Value:
@@ -351,22 +356,21 @@ class _Body:
             return
         needed = [v for v in self.members if self.is_full[v] and self.time[v] == time and v not in self.kept]
         checked = any(self.members[v].op.name == "rint" for v in roots)
-        initial = [_identity(self.members[v].op) for v in reduced] + ([I32(0)] if checked else [])
+        initial = [_identity(self.members[v].op) for v in reduced] + ([I32(-1)] if checked else [])
 
         def body(index: list[ir.Value], state: list[ir.Value]) -> list[ir.Value]:
             known: dict[Any, ir.Value] = {}
             for v in needed:
                 self._value(Local(v), known, index, time)
-            flags = [f for v in roots if (f := self._root(v, known, index, time)) is not None]
+            over = [e for v in roots if (e := self._root(v, known, index, time)) is not None]
             pairs = zip(reduced, state, strict=False)
             made = [self._combined(self.members[v], total, known, index, time) for v, total in pairs]
-            return [*made, self._flagged(state[-1], flags)] if checked else made
+            return [*made, self._largest([state[-1], *over])] if checked else made
 
         final = self._nest(bounds, self.inner_sizes, [], initial, body)
         self.row.update(zip(reduced, final, strict=False))
         if checked:
-            b = self.f.builder
-            b.store(b.or_(b.load(self.bad, typ=I32), final[-1]), self.bad)
+            self._note(final[-1])
 
     def _nest(
         self,
@@ -384,12 +388,14 @@ class _Body:
             state[:] = self._nest(None, sizes[1:], [*index, i], list(state), body)
         return state
 
-    def _flagged(self, flag: ir.Value, flags: Sequence[ir.Value]) -> ir.Value:
+    def _largest(self, numbers: Sequence[ir.Value]) -> ir.Value:
+        return reduce(lambda one, two: self.f.intrinsic("llvm.smax.i32", I32, [one, two]), numbers)
+
+    def _note(self, over: ir.Value) -> None:
+        """Note that `rint` refuses something where that is not negative."""
         b = self.f.builder
-        joined = flags[0]
-        for more in flags[1:]:
-            joined = b.or_(joined, more)
-        return b.or_(flag, b.zext(joined, I32))
+        bad = b.zext(b.icmp_signed(">=", over, I32(0)), I32)
+        b.store(b.or_(b.load(self.bad, typ=I32), bad), self.bad)
 
     def _is_root(self, value: int) -> bool:
         return (
@@ -398,7 +404,7 @@ class _Body:
         )  # fmt: skip
 
     def _root(self, value: int, known: dict[Any, ir.Value], index: list[ir.Value], time: int) -> ir.Value | None:
-        """Computes, stores and accumulates what a pass is there for; whether a `rint` refused its operand."""
+        """Computes, stores and accumulates what a pass is there for; the `excess` of a `rint`'s operand."""
         member = self.members[value]
         if value in self.kept:
             self._accumulate(value, known, index, time)
@@ -410,7 +416,7 @@ class _Body:
             self._keep(value, made, index)
         if member.op.name != "rint":
             return None
-        return refused(self.f, self._value(member.operands[0], known, index, time), member.op)
+        return excess(self.f, self._value(member.operands[0], known, index, time), member.op)
 
     def _accumulate(self, value: int, known: dict[Any, ir.Value], index: list[ir.Value], time: int) -> None:
         member = self.members[value]
@@ -451,9 +457,7 @@ class _Body:
         operands = [self._value(o, known, index, time) for o in member.operands]
         dtypes = [self._dtype(o) for o in member.operands]
         if checked and member.op.name == "rint":
-            b = self.f.builder
-            bad = b.zext(refused(self.f, operands[0], member.op), I32)
-            b.store(b.or_(b.load(self.bad, typ=I32), bad), self.bad)
+            self._note(excess(self.f, operands[0], member.op))
         if member.op.name == "scale":
             low, high = self.fusion.ranges.get(member.op.inputs[1], (-(2**31), 2**31 - 1))
             return scale(self.f, operands[0], operands[1], low, high)
@@ -528,9 +532,7 @@ def _identity(op: Op) -> ir.Constant:
 
 def _vectorise(text: str) -> str:
     """The module with the loops that were marked asking for full vectors: LLVM would count in the widest type's."""
-    if "avx512f" not in features():
-        return re.sub(r", !llvm\.loop !\d+", "", text)
-    wide = '!{!"llvm.loop.vectorize.width", i32 16}'
+    wide = f'!{{!"llvm.loop.vectorize.width", i32 {16 if features() & {"avx2", "avx512f"} else 8}}}'
     free = 1 + max(map(int, re.findall(r"^!(\d+) = ", text, flags=re.MULTILINE)), default=0)
     return re.sub(
         r'^!(\d+) = !\{ !"vectorised", i32 \d+ \}$',
