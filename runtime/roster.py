@@ -31,8 +31,8 @@ CLOSE_SECONDS = 20.0
 """How long the end of a run waits for starts that are called off: Ray does not bear its end in the middle of one."""
 REST_SECONDS = 30.0
 """How long after a worker that did not come up no other is asked for, and a host rests whose worker sat out."""
-RESTS = 5
-"""How often that doubles."""
+RESTS, FORGIVEN_SECONDS = 5, 3600.0
+"""How often that doubles, and how long after a rest it begins anew."""
 WINDOW_BYTES = 2**28
 """Bytes of tensors on their way to a new holder at a time."""
 POLL = 0.5
@@ -104,6 +104,7 @@ class Roster:
         """
         crew = self._crew
         fresh = {place: name for place, name in crew.members.items() if name in error.lost and name not in crew.gone}
+        late = self._stragglers.workers
         crew.gone |= error.lost
         crew.group.stop(list(error.lost))
         crew.pace.forget(error.lost)
@@ -117,10 +118,12 @@ class Roster:
         self._coming = [coming for coming in self._coming if coming[0] not in error.lost]
         for place, name in fresh.items():
             self._note(f"lost {place}: {error.lost[name][:REASON]}")
+        for name in sorted(set(late) & set(error.lost)):
+            self._note(f"lost {name}, which sat out: {error.lost[name][:REASON]}")
         gone = {place: crew.gone[name] for place, name in crew.members.items() if name in crew.gone}
         self._require_somebody(gone)
         if (gone and (crew.fixed or not later)) or self._unsettled:
-            self._change(gone, [])
+            self._change(gone, list(crew.joined.items()))
         if not later:
             crew.gone = {}
 
@@ -189,7 +192,6 @@ class Roster:
         if crew.gone or crew.joined:
             gone = {place: crew.gone[name] for place, name in crew.members.items() if name in crew.gone}
             self._change(gone, list(crew.joined.items()))
-            crew.gone = {}
 
     # --------------------------------------------------------------------------------------------------- stragglers
 
@@ -197,8 +199,9 @@ class Roster:
         """See Changes. With a reviser its host rests for a while, twice as long each time."""
         self._stragglers.sit_out(late)
         if self._reviser and (host := self._reviser.sites.at().get(late.worker)):
-            times, _ = self._rests.get(host, (0, 0.0))
-            self._rests[host] = times + 1, self._crew.pace.now() + REST_SECONDS * 2 ** min(times, RESTS)
+            now, (times, until) = self._crew.pace.now(), self._rests.get(host, (0, 0.0))
+            times = times if now < until + FORGIVEN_SECONDS else 0
+            self._rests[host] = times + 1, now + REST_SECONDS * 2 ** min(times, RESTS)
 
     def made(self, step: int, receipts: Sequence[bytes]) -> None:
         """See Changes."""
@@ -249,6 +252,7 @@ class Roster:
         order = [name for old, new in zip(stay, come, strict=True) for name in (*old, *new)]
         leaving = {crew.members[place]: place for place in without if crew.members[place] not in crew.gone}
         bring(crew, wanted, dict(zip(wanted.workers, order, strict=True)))  # once: everybody is told
+        crew.gone = {}  # who had been has no place now, and who was and is back has one
         self._here = [one for one in self._here if one not in here]
         crew.joined = {name: stage for name, stage in crew.joined.items() if (name, stage) not in here}
         crew.group.stop(list(leaving))
@@ -332,8 +336,8 @@ class Roster:
         crew, leaving = self._crew, self._membership.leaving()
         gone = {place: leaving[name] for place, name in crew.members.items() if name in leaving}
         for stage in range(len(crew.plan.replicas)):
-            if set(crew.present(stage)) <= set(leaving):
-                gone.pop(next((place for place in crew.plan.team(stage) if place in gone), ""), None)
+            if (there := set(crew.present(stage))) <= set(leaving):
+                gone.pop(next((p for p in crew.plan.team(stage) if p in gone and crew.members[p] in there), ""), None)
         return gone
 
     def _require_somebody(self, gone: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from runtime.groups import Handle, WorkersLost
 from runtime.plan import Plan
 from runtime.transition import Crew
-from runtime.work import FIRST_PATIENCE, Late
+from runtime.work import FIRST_PATIENCE, SLACK, Late
 from storage.codec import decode
 from storage.records import Receipt, UnitRecord
 
@@ -39,6 +39,8 @@ class Stragglers:
         self._crew = crew
         self._note = note
         self._sitting: dict[str, Sitting] = {}
+        self._back: dict[str, Sitting] = {}
+        """Those that are done and have not been taken back."""
         self._doubles: list[Sitting] = []
         """Those whose units were done twice, until what both made is known."""
 
@@ -54,7 +56,8 @@ class Stragglers:
 
     def hold(self, stage: int) -> bool:
         """Whether one of them holds the state of a stage as it is."""
-        return any(sitting.current and sitting.late.stage == stage for sitting in self._sitting.values())
+        some = (*self._sitting.values(), *self._back.values())
+        return any(sitting.current and sitting.late.stage == stage for sitting in some)
 
     def sit_out(self, late: Late) -> None:
         """Leave a worker's place empty until it is done with what it has. Raises nothing (see Changes)."""
@@ -68,17 +71,15 @@ class Stragglers:
 
     def outdate(self) -> None:
         """The state is about to change, and nobody who sits out is told."""
-        for sitting in self._sitting.values():
+        for sitting in (*self._sitting.values(), *self._back.values()):
             sitting.current = False
 
     def back(self) -> list[tuple[str, int, bool]]:
         """Those that are done: (worker, stage, whether it holds the state as it is), each once."""
         for name, sitting in list(self._sitting.items()):
             self._go_on(name, sitting)
-        back = {name: sitting for name, sitting in self._sitting.items() if sitting.made is not None}
-        for name in back:
-            del self._sitting[name]
         self._judge()
+        back, self._back = self._back, {}
         return [(name, sitting.late.stage, sitting.current) for name, sitting in back.items()]
 
     def _go_on(self, name: str, sitting: Sitting) -> None:
@@ -88,21 +89,25 @@ class Stragglers:
         for error in finished.values():
             if isinstance(error, WorkersLost):
                 raise error
-        took, waits = pace.now() - late.since, sitting.waits
-        sitting.waits = [handle for number, handle in enumerate(waits) if number not in finished]
-        if sitting.waits:
+        took = pace.now() - late.since
+        if left := [handle for number, handle in enumerate(sitting.waits) if number not in finished]:
+            sitting.waits = left
             if took > FIRST_PATIENCE:
                 self._note(f"{sitting.place}, which sat out step {late.step}, is given up after {took:.0f} s")
                 self.give_up(name)
                 group.stop([name])
+                pace.forget([name])
         elif sitting.forsaking:
-            (sitting.made,) = group.get(waits)
+            (sitting.made,) = group.get(sitting.waits)
+            self._back[name] = self._sitting.pop(name)
         else:  # not sooner: Ray may run a call whose arguments come late after later ones
-            pace.note(name, late.method, late.stage, took / len(late.handles))
+            usual = pace.mean(late.method, late.stage) or took
+            pace.note(name, late.method, late.stage, min(took / len(late.handles), SLACK * usual))
             sitting.waits, sitting.forsaking = [group.call(name, "forsake", late.step)], True
 
     def give_up(self, name: str) -> None:
         """A worker does not come back."""
+        self._back.pop(name, None)
         if sitting := self._sitting.pop(name, None):
             self._doubles.remove(sitting)
 

@@ -268,7 +268,7 @@ def train_step(
         exponent, gradient_root = _reduce(crew, step)
         loss = sum(crew.group.get(losses))
         squares = sum(crew.gather("squares", exponent))
-        roots = _publish(crew, "update", step, squares, exponent)
+        roots = _publish(crew, "update", step, squares, exponent, changes is None and max(crew.plan.replicas) == 1)
         return loss, gradient_root, roots, tuple(receipt for receipt in crew.gather("receipt", run, step) if receipt)
 
     loss, gradient_root, roots, receipts = going_on(crew, attempt, changes, work)

@@ -270,7 +270,18 @@ class Work:
                 self.sit_out(late)
                 self.forget([late.worker])
                 self._lines = {}
+        self._believe()
         return [self.units[self._last, m].loss for m in self.micro_batches]
+
+    def _believe(self) -> None:
+        """Believe of those who were given nothing that they are half as far off: they are tried again in the end."""
+        pace, took = self.team.pace, {(unit.stage, unit.worker) for unit in self.units.values()}
+        for stage in range(self._last + 1):
+            for worker in [] if self.team.fixed else self.team.present(stage):
+                for method in ("last",) if stage == self._last else ("forward", "backward"):
+                    usual = pace.mean(method, stage)
+                    if (stage, worker) not in took and usual and pace.of(worker, method, stage):
+                        pace.note(worker, method, stage, usual)
 
     def _seconds_left(self) -> float:
         """In which what nobody has begun should be done."""
@@ -576,10 +587,16 @@ class Work:
             known = longest(call.method, call.unit.stage)
             allowed = FIRST_PATIENCE if known is None else max(PATIENCE, SLACK * known)
             taken = pace.now() - self._began(call)
-            if taken > allowed:
+            if taken > allowed and not self._may_sit_out(call):
                 late[worker] = f"no answer to {call.method} in {taken:.0f} s, expected within {allowed:.0f} s"
         if late:
             raise WorkersLost(late)
+
+    def _may_sit_out(self, call: Call) -> bool:
+        """Whether a worker may be found to be a straggler rather than hung."""
+        stage = call.unit.stage
+        known = self.team.pace.of(call.worker, call.method, stage) is not None
+        return self.sit_out is not None and not self.team.fixed and known and len(self.team.present(stage)) > 1
 
     def _straggler(self) -> Late | None:
         """A worker that is later than the others of its stage need for what is left and all that it did of the step.

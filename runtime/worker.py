@@ -106,7 +106,7 @@ class StageWorker:
             )
             with at(f"initial weights/{self._place(chunk)}"):
                 (weight,) = self._arrays(self._program.init_program(chunk.tensor, length), [rng])
-            self._made(chunk, {WEIGHT: weight})
+            self._made(chunk, {WEIGHT: weight}, at_once=max(self._plan.replicas) == 1)
         return self._published()
 
     def load(self, key: str, tensor: int, array: np.ndarray) -> None:
@@ -400,8 +400,11 @@ class StageWorker:
         self._square = total
         return total
 
-    def update(self, step: int, total: int, exponent: int) -> tuple[Any, ...]:
-        """(chunk roots of the owned state after the step, then its parts for each of `layout.holders_of(self)`)."""
+    def update(self, step: int, total: int, exponent: int, at_once: bool) -> tuple[Any, ...]:
+        """(chunk roots of the owned state after the step, then its parts for each of `layout.holders_of(self)`).
+
+        With `at_once` it takes the place of the state before: for those who do not go on where a worker is lost.
+        """
         self._renew()
         self._next = {}
         scalars = [
@@ -414,7 +417,7 @@ class StageWorker:
             with at(f"step {step}/update/{self._place(chunk)}"):
                 results = self._arrays(program, [*handles, self._totals.pop(chunk), *scalars])
                 _finite(results, self._keys, chunk.offset)
-            self._made(chunk, dict(zip(self._keys, results, strict=True)))
+            self._made(chunk, dict(zip(self._keys, results, strict=True)), at_once=at_once)
         return self._published()
 
     def store(self, *parts: Parts) -> None:
@@ -427,10 +430,10 @@ class StageWorker:
         self._apply()
         self._renew()
 
-    def _made(self, chunk: Chunk, arrays: Mapping[str, np.ndarray]) -> None:
-        """The next state of an owned chunk; it is kept at once where no worker can be lost without the whole step."""
+    def _made(self, chunk: Chunk, arrays: Mapping[str, np.ndarray], *, at_once: bool) -> None:
+        """The next state of an owned chunk, which is the state at once or by `commit`."""
         self._next |= {(key, chunk): array for key, array in arrays.items()}
-        if max(self._plan.replicas) == 1:
+        if at_once:
             self._apply()
 
     def _apply(self) -> None:

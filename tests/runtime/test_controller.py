@@ -161,10 +161,10 @@ def test_a_fault_names_step_and_place_and_leaves_the_last_checkpoint(reference_r
 class Exploding(StageWorker):
     """Holds an infinite second moment at step 3."""
 
-    def update(self, step: int, total: int, exponent: int) -> tuple[object, ...]:
+    def update(self, step: int, total: int, exponent: int, at_once: bool) -> tuple[object, ...]:
         if step == 3:
             next(array for (slot, _), array in self._slots.items() if slot == "v")[5] = np.inf
-        return super().update(step, total, exponent)
+        return super().update(step, total, exponent, at_once)
 
 
 def test_a_state_that_is_not_finite_is_never_committed() -> None:

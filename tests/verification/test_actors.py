@@ -25,8 +25,8 @@ EVERY = lambda history, total: range(total)  # noqa: E731
 class OtherRate(StageWorker):
     """Uses the learning rate of another step in step 3."""
 
-    def update(self, step: int, total: int, exponent: int) -> tuple[object, ...]:
-        return super().update(1 if step == 3 else step, total, exponent)
+    def update(self, step: int, total: int, exponent: int, at_once: bool) -> tuple[object, ...]:
+        return super().update(1 if step == 3 else step, total, exponent, at_once)
 
 
 @pytest.fixture(scope="module")

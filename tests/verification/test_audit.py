@@ -79,16 +79,16 @@ def test_replay_imports_no_model_code() -> None:
 class OtherRate(StageWorker):
     """Uses the learning rate of another step in step 3."""
 
-    def update(self, step: int, total: int, exponent: int) -> tuple[object, ...]:
-        return super().update(1 if step == 3 else step, total, exponent)
+    def update(self, step: int, total: int, exponent: int, at_once: bool) -> tuple[object, ...]:
+        return super().update(1 if step == 3 else step, total, exponent, at_once)
 
 
 class Skipping(StageWorker):
     """Reports step 3 and leaves the state as it was."""
 
-    def update(self, step: int, total: int, exponent: int) -> tuple[object, ...]:
+    def update(self, step: int, total: int, exponent: int, at_once: bool) -> tuple[object, ...]:
         if step != 3:
-            return super().update(step, total, exponent)
+            return super().update(step, total, exponent, at_once)
         self._totals.clear()
         return self._published()
 
@@ -104,10 +104,10 @@ class OtherInputs(StageWorker):
 class LessWork(StageWorker):
     """Claims the gradient of step 3 and trains on half of it."""
 
-    def update(self, step: int, total: int, exponent: int) -> tuple[object, ...]:
+    def update(self, step: int, total: int, exponent: int, at_once: bool) -> tuple[object, ...]:
         if step == 3:
             self._totals = {c: self._executor.put(self._executor.get(h) // 2) for c, h in self._totals.items()}
-        return super().update(step, total, exponent)
+        return super().update(step, total, exponent, at_once)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -91,10 +91,10 @@ def excess(f: Function, x: ir.Value, op: Op) -> ir.Value:
     """By how much the bits of |x| exceed those of what `rint` refuses from: it accepts x where this is negative.
 
     Bits of numbers without a sign are ordered as the numbers are, NaN last. From 2^23 on every binary32 is an integer,
-    so x itself may be compared there. Keeping the largest of these costs a loop less than keeping a flag.
+    so x itself may be compared with more than that. Keeping the largest costs a loop less than keeping a flag.
     """
     bound, b = op.attributes["bound"], f.builder
-    inspected = x if bound >= 23 else f.intrinsic("llvm.rint.f32", F32, [x])
+    inspected = x if bound > 23 else f.intrinsic("llvm.rint.f32", F32, [x])
     return b.sub(b.and_(b.bitcast(inspected, I32), I32(0x7FFFFFFF)), I32((bound + 127) << 23))
 
 

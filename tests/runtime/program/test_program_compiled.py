@@ -388,6 +388,34 @@ def test_a_fault_is_named_as_the_reference_names_it() -> None:
         COMPILED.run(program, [COMPILED.put(bad)])
 
 
+@pytest.mark.parametrize("bound", [1, 8, 22, 23, 24, 31])
+@pytest.mark.parametrize("size", [1, 67])
+def test_what_rint_refuses_is_told_to_the_last_bit(bound: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    b = Builder()
+    program = b.finish([b.input("x", "f32", size).rint("i32", bound=bound)])
+    limit = np.float32(2.0**bound)
+    most = limit - np.float32(1) if bound <= 23 else np.nextafter(limit, np.float32(0))
+    below = [most, -most, np.float32(-0.0), np.float32(0.25)]
+    half = [limit - np.float32(0.5)] * (bound <= 23)  # rounds to 2^b
+    for bad in (
+        *half,
+        limit,
+        -limit,
+        np.float32(2) * limit,
+        np.float32(np.inf),
+        np.float32(-np.inf),
+        np.float32(np.nan),
+    ):
+        x = np.resize(np.array(below, np.float32), size)
+        x[size // 2] = bad
+        assert "expected" in outcome(REFERENCE, program, [x])
+        check_same(program, [x])
+    with monkeypatch.context() as patch:
+        patch.setattr(ReferenceExecutor, "run", None)  # it would be asked about what a kernel refuses
+        (made,) = COMPILED.run(program, [COMPILED.put(x := np.resize(np.array(below, np.float32), size))])
+        assert COMPILED.get(made).tolist() == np.rint(x).tolist()
+
+
 @pytest.mark.parametrize("name", ["take", "rint"])
 def test_an_operator_that_nobody_reads_still_faults(name: str) -> None:
     """The builder drops such operators; a Program from elsewhere may have them, and every executor must agree on it."""
