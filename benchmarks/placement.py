@@ -389,7 +389,9 @@ def straggler(bench: Bench) -> Iterator[Row]:
 
         usual, work.GRACE = work.GRACE, grace
         try:
-            bench.train(group, plan, elastic=Elastic(membership=_Still()), watch=watch, timed=timed, enough=over)
+            bench.train(
+                group, plan, elastic=Elastic(membership=_Still(), sit_out=True), watch=watch, timed=timed, enough=over
+            )
         finally:
             work.GRACE = usual
             end.set()

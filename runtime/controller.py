@@ -147,6 +147,8 @@ class Elastic:
     patience: float = 300.0
     """Seconds that a run without enough workers waits for them."""
     clock: Clock = field(default_factory=WallClock)
+    sit_out: bool = False
+    """Whether stragglers sit a step out (decisions/0039)."""
     reviser: Reviser | None = None
     """Says which hosts take which blocks, also while the run trains; without, stages stay as they are."""
 
@@ -308,6 +310,7 @@ class Controller:
                 grow=elastic.grow,
                 reviser=elastic.reviser,
                 serial=self._serial,
+                sit_out=elastic.sit_out,
                 wanted=self._most,
                 clock=clock,
                 note=self._changed,

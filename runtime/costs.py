@@ -107,15 +107,13 @@ class Span:
     def memory_bytes(self, slots: int, replicas: Any, in_flight: Any) -> Any:
         """What one of `replicas` hosts of the stage holds with so many micro-batches in flight; both may be arrays.
 
-        Weights 4, integer sums 8 and optimiser slots 4 each per element, its part of the added gradient; activations,
-        or after these the next state beside the present one.
+        Weights 4, integer sums 8 and optimiser slots 4 each per element, its part of the added gradient, activations.
         """
         state = (WEIGHT_BYTES + SUM_BYTES) * self.held + slots * SLOT_BYTES * self.owned
         totals = -(-SUM_BYTES * self.owned // replicas)
         flying = 1 if self.last else in_flight  # the last stage goes back at once
         activations = flying * self.kept_bytes + np.minimum(flying, HANDED_OVER) * self.handed_bytes
-        following = WEIGHT_BYTES * self.held + slots * SLOT_BYTES * self.owned
-        return state + totals + np.maximum(activations + self.working_bytes, following)
+        return state + totals + activations + self.working_bytes
 
 
 def _span(model: Model, first: int, stop: int) -> Span:

@@ -69,9 +69,11 @@ class Roster:
         grow: bool = False,
         reviser: Reviser | None = None,
         serial: Iterator[int] | None = None,
+        sit_out: bool = False,
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._crew = crew
+        self.sitting_out = sit_out
         self._configure = configure
         self._membership = membership
         self._grow = grow

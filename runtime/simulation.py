@@ -692,7 +692,7 @@ def simulate(
         job=job,
         group=group,
         plan=make_plan(blocks=load.blocks, stages=stages, replicas=replicas, micro_batches=load.micro_batches),
-        elastic=Elastic(membership=group, clock=clock, fixed=fixed, patience=3600.0),
+        elastic=Elastic(membership=group, clock=clock, fixed=fixed, patience=3600.0, sit_out=True),
         observe=observe,
         stop=lambda: clock.time - began >= seconds or (steps is not None and done >= steps),
     )

@@ -32,6 +32,9 @@ VALUE_ATTEMPTS, VALUE_SECONDS = 5, 2.0
 class Changes(Protocol):
     """Who comes and goes while a crew trains (`runtime.roster`). All may raise WorkersLost."""
 
+    sitting_out: bool
+    """Whether stragglers sit a step out."""
+
     def lost(self, error: WorkersLost, later: bool = False) -> None:
         """Have the crew go on without workers; with `later` their places may stay empty, as units are under way."""
 
@@ -258,7 +261,8 @@ def train_step(
     events = [] if events is None else events
     work = Work(team=crew, step=step, batch=batch, micro_batches=crew.plan.micro_batches)
     if changes:
-        work.meanwhile, work.sit_out = changes.meanwhile, changes.sit_out
+        work.meanwhile = changes.meanwhile
+        work.sit_out = changes.sit_out if changes.sitting_out else None
 
     def attempt() -> tuple[int, bytes, ChunkRoots, tuple[bytes, ...]]:
         losses = work.run()

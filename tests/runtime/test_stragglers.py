@@ -143,7 +143,7 @@ def trained(
         job=job,
         group=group,
         plan=plan_for(job, stages=stages, replicas=replicas),
-        elastic=Elastic(membership=group, clock=group.clock, patience=1.0),
+        elastic=Elastic(membership=group, clock=group.clock, patience=1.0, sit_out=True),
         keys=keys,
         observe=observe,
     ).run()
@@ -333,7 +333,7 @@ def planned(group: Hosted, *, steps: int) -> tuple[Ended, list[str]]:
         job=job,
         group=group,
         plan=sent(reviser, reviser.begin()),
-        elastic=Elastic(membership=group, clock=group.clock, patience=1.0, reviser=reviser),
+        elastic=Elastic(membership=group, clock=group.clock, patience=1.0, sit_out=True, reviser=reviser),
         observe=observe,
     ).run()
     return ended, told

@@ -103,8 +103,8 @@ def test_run_show_audit_lock(recipe: Path, train: Run, tmp_path: Path, capsys: p
 class OtherRate(StageWorker):
     """Uses the learning rate of another step in step 3."""
 
-    def update(self, step: int, total: int, exponent: int) -> tuple[object, ...]:
-        return super().update(1 if step == 3 else step, total, exponent)
+    def update(self, step: int, total: int, exponent: int, at_once: bool) -> tuple[object, ...]:
+        return super().update(1 if step == 3 else step, total, exponent, at_once)
 
 
 def test_audit_exit_codes(

@@ -357,7 +357,7 @@ def test_up_run_down_over_ssh(lab: Lab, told: Callable[..., tuple[int, Any]]) ->
     roots = [re.search(r"final state (\w+)", text.stdout) for text in (done, job)]
     assert roots[0]
     assert roots[1]
-    assert roots[0].group(1) == roots[1].group(1)
+    assert roots[0].group(1) == roots[1].group(1), [text.stdout + text.stderr for text in (done, job)]
 
     code, answer = told("down", file, "--host", "two", "--grace", "5")
     assert (code, answer["stopped"]) == (0, ["two"])
