@@ -11,7 +11,6 @@ Step times are medians after a warm-up. A worker is slowed by stopping its proce
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import signal
 import statistics
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Goal, Row, main
-from runtime import work
 from runtime.actors.cluster import Cluster, joined
 from runtime.actors.group import RayGroup
 from runtime.actors.sites import RaySites
@@ -366,44 +364,43 @@ def recovery(bench: Bench) -> Iterator[Row]:
 def straggler(bench: Bench) -> Iterator[Row]:
     """One of two workers all but stops for a while: what that costs, where its units are done by the other or not."""
     done: dict[str, int] = {}
-    for name, grace in (("sat out", work.GRACE), ("waited for", math.inf)):
-        timed, end = Timed(), threading.Event()
-        group, plan, began = bench.group(2), bench.plan(replicas=2), math.inf
-        spells: list[threading.Thread] = []
-
-        def spell(process: int, end: threading.Event = end) -> None:
-            with stopped_in_turns(process, SPELL_SLOWNESS, SPELL_PERIOD):
-                end.wait(SPELL_SECONDS)
-
-        def watch(
-            event: Event, group: Watched = group, plan: Plan = plan, spells: list[threading.Thread] = spells
-        ) -> None:
-            nonlocal began
-            if isinstance(event, Stepped) and event.record.step == WARM:
-                began = time.monotonic()
-                spells.append(threading.Thread(target=spell, args=[group.processes()[plan.workers[-1]]]))
-                spells[0].start()
-
-        def over() -> bool:
-            return time.monotonic() - began > 2 * SPELL_SECONDS  # noqa: B023 - of this turn
-
-        usual, work.GRACE = work.GRACE, grace
-        try:
-            bench.train(
-                group, plan, elastic=Elastic(membership=_Still(), sit_out=True), watch=watch, timed=timed, enough=over
-            )
-        finally:
-            work.GRACE = usual
-            end.set()
-            for thread in spells:
-                thread.join()
+    for name, sit_out in (("sat out", True), ("waited for", False)):
+        timed = _with_spell(bench, Elastic(membership=_Still(), sit_out=sit_out))
         done[name] = len(timed.seconds) - WARM - 1
         yield Row(name=f"straggler {name}: longest step", value=max(timed.seconds[WARM:]), unit="s")
         yield Row(name=f"straggler {name}: usual step", value=timed.step, unit="s")
         yield Row(name=f"straggler {name}: steps in {2 * SPELL_SECONDS:g} s", value=done[name], unit="")
-        told = [what.split()[0] for _, what in timed.told]
-        yield Row(name=f"straggler {name}: workers that joined again", value=told.count("joined"), unit="")
+        joined_again = sum(what.startswith("joined") for _, what in timed.told)
+        yield Row(name=f"straggler {name}: workers that joined again", value=joined_again, unit="")
     yield Row(name="straggler: steps, sat out / waited for", value=done["sat out"] / done["waited for"], unit="x")
+
+
+def _with_spell(bench: Bench, elastic: Elastic) -> Timed:
+    """The job trained on two workers, the second of which is slow for a while after the warm-up."""
+    group, plan = bench.group(2), bench.plan(replicas=2)
+    began: list[float] = []
+    end = threading.Event()
+
+    def spell() -> None:
+        with stopped_in_turns(group.processes()[plan.workers[-1]], SPELL_SLOWNESS, SPELL_PERIOD):
+            end.wait(SPELL_SECONDS)
+
+    thread = threading.Thread(target=spell)
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Stepped) and event.record.step == WARM:
+            began.append(time.monotonic())
+            thread.start()
+
+    def over() -> bool:
+        return bool(began) and time.monotonic() - began[0] > 2 * SPELL_SECONDS
+
+    try:
+        return bench.train(group, plan, elastic=elastic, watch=watch, enough=over)
+    finally:
+        end.set()
+        if began:
+            thread.join()
 
 
 def prediction(bench: Bench) -> Iterator[Row]:

@@ -9,11 +9,9 @@ small, 4 s at speed 1: half of what two cores of our machine take (docs/performa
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator
 
 from benchmarks.harness import Goal, Row, main
-from runtime import work
 from runtime.fleet import Fleet
 from runtime.simulation import Load, simulate
 from storage.errors import UsageError
@@ -50,10 +48,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
         spell=arguments.spell,
         slowness=arguments.slowness,
     )
-    if arguments.wait:
-        work.GRACE = math.inf
     load = Load(weights=arguments.weights, micro_batches=arguments.hosts * arguments.units // arguments.stages)
-    report = simulate(fleet, load, stages=arguments.stages, seconds=3600 * arguments.hours)
+    report = simulate(fleet, load, stages=arguments.stages, seconds=3600 * arguments.hours, sit_out=not arguments.wait)
     hours = report.seconds / 3600
     yield Row(name="useful work", value=report.useful, unit="of host-seconds", goal=USEFUL)
     yield Row(name="units done, of the sum of speeds", value=report.against_ideal, unit="")

@@ -255,7 +255,7 @@ class FaultyWorker(StageWorker):
             return dx
         return super().backward(step, micro_batch, dy)
 
-    def gradients(self, step: int, shares: Shares) -> tuple[Bundle, ...]:
+    def gradients(self, step: int, shares: Shares, exchange: int) -> tuple[Bundle, ...]:
         """See StageWorker."""
         self._begin(step)
         if self._due("stale", step):
@@ -269,7 +269,7 @@ class FaultyWorker(StageWorker):
         if self._due("copy", step):
             other = next(one for one in self.peers.values() if one is not self and one._stage == self._stage)
             self._replace({tensor: total.value for tensor, total in other._sums.items()})
-        return super().gradients(step, shares)
+        return super().gradients(step, shares, exchange)
 
     def receipt(self, run: bytes, step: int) -> bytes:
         """See StageWorker."""

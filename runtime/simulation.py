@@ -338,7 +338,7 @@ class SimulatedGroup:
 
         Many at a time are what all workers made, in order, for each of many: looked at once.
         """
-        key = (len(args), args[1].number, args[-1].number) if len(args) > FEW else None
+        key = (len(args), args[2].number, args[-1].number) if len(args) > FEW else None
         if key is not None and key == self._last_key:
             return self._last_sums
         taken = [arg for arg in args if isinstance(arg, Made)]
@@ -663,6 +663,7 @@ def simulate(
     seconds: float = NEVER,
     steps: int | None = None,
     fixed: bool = False,
+    sit_out: bool = True,
     group: SimulatedGroup | None = None,
 ) -> Report:
     """A run on a fleet until so much time has passed since its first step, or so many steps are done."""
@@ -692,7 +693,7 @@ def simulate(
         job=job,
         group=group,
         plan=make_plan(blocks=load.blocks, stages=stages, replicas=replicas, micro_batches=load.micro_batches),
-        elastic=Elastic(membership=group, clock=clock, fixed=fixed, patience=3600.0, sit_out=True),
+        elastic=Elastic(membership=group, clock=clock, fixed=fixed, patience=3600.0, sit_out=sit_out),
         observe=observe,
         stop=lambda: clock.time - began >= seconds or (steps is not None and done >= steps),
     )

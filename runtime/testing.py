@@ -197,7 +197,7 @@ def check_worker_group(group: WorkerGroup, job: Job, programs: bytes) -> None:
     assert [value.tolist() for value in group.get([shared])] == [[0, 1, 2]]
     one, two = (group.call(worker, "fetch", "weight", 0) for worker in (first, second))
     assert all(isinstance(value, dict) for value in group.get([one, two]))
-    (bundle,) = group.call(first, "gradients", 0, crew.layout.shares, returns=len(crew.layout.owners_for(first)))[:1]
+    (bundle,) = group.call(first, "gradients", 0, crew.layout.shares, 0, returns=len(crew.layout.owners_for(first)))[:1]
     assert group.get([bundle]) == [{}]
     assert group.wait([bundle, one], 1.0) == [(0, None), (1, None)]
     group.stop([second])

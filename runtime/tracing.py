@@ -224,14 +224,14 @@ class TracedWorker(StageWorker):
         program = additions(tuple(map(len, before)), 2)
         self.tracer.note(program, [*before, *(gradient.reshape(-1) for gradient in gradients)], after, made=after)
 
-    def gradients(self, step: int, shares: Shares) -> tuple[Bundle, ...]:
+    def gradients(self, step: int, shares: Shares, exchange: int) -> tuple[Bundle, ...]:
         """See StageWorker; that what is handed over is what was added up is a call of its own."""
         with at(f"step {step}/gradient"):
             if not self.tracer.watching:
-                return super().gradients(step, shares)
+                return super().gradients(step, shares, exchange)
             self._begin(step)
             before = {tensor: total.value.copy() for tensor, total in sorted(self._sums.items())}
-            bundles = super().gradients(step, shares)
+            bundles = super().gradients(step, shares, exchange)
             handed = {chunk: total for bundle in bundles for chunk, total in bundle.items()}
             after = [
                 np.concatenate([handed[chunk].value for chunk in self._layout.chunks(tensor)])
@@ -241,9 +241,9 @@ class TracedWorker(StageWorker):
             self.tracer.note(program, list(before.values()), after, made=after)
             return bundles
 
-    def reduce(self, step: int, *bundles: Bundle) -> tuple[int, ChunkRoots]:
+    def reduce(self, step: int, exchange: int, *bundles: Bundle) -> tuple[int, ChunkRoots]:
         """See StageWorker; each owned chunk's total is a call of its own."""
-        result = super().reduce(step, *bundles)
+        result = super().reduce(step, exchange, *bundles)
         for chunk, total in self._totals.items():
             with at(f"step {step}/total/{self._place(chunk)}"):
                 if self.tracer.watching:

@@ -159,7 +159,7 @@ class _Made(Mapping[str, bytes]):
 
 def initialise(crew: Crew) -> bytes:
     """The root of the initial state, which the workers hold from now on."""
-    roots = _publish(crew, "initialise")
+    roots = _publish(crew, next(crew.fetches), "initialise")
     crew.gather("commit")
     crew.roots = roots
     return root_of(crew, roots)
@@ -269,10 +269,12 @@ def train_step(
         if changes:
             changes.settle()
         crew.layout = crew.layout.sharing(work.shares)
-        exponent, gradient_root = _reduce(crew, step)
+        exchange = next(crew.fetches)
+        exponent, gradient_root = _reduce(crew, step, exchange)
         loss = sum(crew.group.get(losses))
         squares = sum(crew.gather("squares", exponent))
-        roots = _publish(crew, "update", step, squares, exponent, changes is None and max(crew.plan.replicas) == 1)
+        at_once = changes is None and max(crew.plan.replicas) == 1
+        roots = _publish(crew, exchange, "update", step, squares, exponent, at_once)
         return loss, gradient_root, roots, tuple(receipt for receipt in crew.gather("receipt", run, step) if receipt)
 
     loss, gradient_root, roots, receipts = going_on(crew, attempt, changes, work)
@@ -330,19 +332,19 @@ def forward_backward(crew: Crew, step: int, batch: Batch, micro_batches: Sequenc
     return Work(team=crew, step=step, batch=batch, micro_batches=micro_batches).run()
 
 
-def _reduce(crew: Crew, step: int) -> tuple[int, bytes]:
+def _reduce(crew: Crew, step: int, exchange: int) -> tuple[int, bytes]:
     """(largest exponent of the summed gradient, its root): every owner adds the bundles for its chunks."""
-    bundles, _ = _exchange(crew, "gradients", crew.layout.owners_for, step, crew.layout.shares)
-    reduced = crew.group.get([crew.call(worker, "reduce", step, *bundles[worker]) for worker in crew.workers])
+    bundles, _ = _exchange(crew, "gradients", crew.layout.owners_for, step, crew.layout.shares, exchange)
+    reduced = crew.group.get([crew.call(worker, "reduce", step, exchange, *bundles[worker]) for worker in crew.workers])
     roots = {key: root for _, part in reduced for key, root in part.items()}
     entries = tensor_entries(crew.layout, roots, keys=(GRADIENT,), dtype="i64")
     return max(exponent for exponent, _ in reduced), state_root(entries)
 
 
-def _publish(crew: Crew, method: str, *args: int) -> ChunkRoots:
+def _publish(crew: Crew, exchange: int, method: str, *args: int) -> ChunkRoots:
     """Call what makes the next state on every owner, bring it to all holders, and return its chunks' roots."""
     parts, heads = _exchange(crew, method, crew.layout.holders_of, *args, heads=1)
-    stored = [crew.call(worker, "store", *parts[worker]) for worker in crew.workers]
+    stored = [crew.call(worker, "store", exchange, *parts[worker]) for worker in crew.workers]
     roots = {key: root for part in crew.group.get(heads) for key, root in part.items()}
     crew.group.get(stored)
     return roots

@@ -67,6 +67,8 @@ class StageWorker:
         }
         self._fetch = 0
         """The last of the fetches by which tensors came."""
+        self._exchange = 0
+        """The last of the exchanges that this worker took part in."""
         self._next: Parts = {}
         """The state after the step, where it is known already."""
         self._kept: dict[int, list[tuple[Any, Any]]] = {}
@@ -343,9 +345,13 @@ class StageWorker:
         self._gradient_root = merkle.list_root([self._gradient_entry(tensor) for tensor in sorted(sums)])
         self._sealed = True
 
-    def gradients(self, step: int, shares: Shares) -> tuple[Bundle, ...]:
-        """One bundle of gradient sums of the step for each of `layout.owners_for(self)` under these shares."""
+    def gradients(self, step: int, shares: Shares, exchange: int) -> tuple[Bundle, ...]:
+        """One bundle of gradient sums of the step for each of `layout.owners_for(self)` under these shares.
+
+        `exchange` numbers what belongs together: what comes late of one before, begun in vain, is not looked at.
+        """
         self.seal(step)
+        self._exchange = exchange
         self._layout = self._layout.sharing(shares)
         sums = self._sums
         return tuple(
@@ -366,8 +372,10 @@ class StageWorker:
         """The Merkle roots of arrays, by as many threads as the worker has."""
         return list(self._hashers.map(merkle.bytes_root, [array.data for array in arrays]))
 
-    def reduce(self, step: int, *bundles: Bundle) -> tuple[int, ChunkRoots]:
+    def reduce(self, step: int, exchange: int, *bundles: Bundle) -> tuple[int, ChunkRoots]:
         """(largest exponent of the owned gradient, root of each owned chunk of it) of the sums of all bundles."""
+        if exchange != self._exchange:
+            return 0, {}
         exponents = []
         self._totals = {}
         owned = self._layout.owned(self._id)
@@ -420,9 +428,9 @@ class StageWorker:
             self._made(chunk, dict(zip(self._keys, results, strict=True)), at_once=at_once)
         return self._published()
 
-    def store(self, *parts: Parts) -> None:
+    def store(self, exchange: int, *parts: Parts) -> None:
         """Take the next state of chunks that others own, for `commit`."""
-        for part in parts:
+        for part in parts if exchange >= self._exchange else ():
             self._next |= part
 
     def commit(self) -> None:

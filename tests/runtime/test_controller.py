@@ -138,12 +138,12 @@ def test_receipts_are_signed_and_cover_every_unit(tmp_path: Path) -> None:
 class FaultyWorker(StageWorker):
     """Its gradient of step 3 does not fit."""
 
-    def reduce(self, step: int, *bundles: object) -> object:  # type: ignore[override]
+    def reduce(self, step: int, exchange: int, *bundles: object) -> object:  # type: ignore[override]
         if step == 3:
             chunk = self._layout.owned(self._id)[0]
             huge = ExactSum(np.full(self._layout.length(chunk), 2**62))
             bundles = ({chunk: huge}, {chunk: huge})
-        return super().reduce(step, *bundles)  # type: ignore[arg-type]
+        return super().reduce(step, exchange, *bundles)  # type: ignore[arg-type]
 
 
 def test_a_fault_names_step_and_place_and_leaves_the_last_checkpoint(reference_run: tuple[Ended, History]) -> None:
@@ -254,11 +254,11 @@ def test_a_fault_after_a_full_segment_still_commits_it() -> None:
     disk.go.clear()
 
     class Faulty(StageWorker):
-        def reduce(self, step: int, *bundles: object) -> object:  # type: ignore[override]
+        def reduce(self, step: int, exchange: int, *bundles: object) -> object:  # type: ignore[override]
             if step == 2:
                 disk.go.set()
                 raise FailureError("a host is gone; start another")
-            return super().reduce(step, *bundles)  # type: ignore[arg-type]
+            return super().reduce(step, exchange, *bundles)  # type: ignore[arg-type]
 
     with pytest.raises(FailureError, match="a host is gone"):
         train(store, job, group=workers_of(Faulty))
@@ -277,12 +277,12 @@ def test_a_fault_beside_a_save_that_fails_still_marks_the_run() -> None:
     train(store, job, stop_before=0)
 
     class Faulty(StageWorker):
-        def reduce(self, step: int, *bundles: object) -> object:  # type: ignore[override]
+        def reduce(self, step: int, exchange: int, *bundles: object) -> object:  # type: ignore[override]
             nonlocal full
             full = step >= 1  # the save of the first segment fails, and so does the step behind which it runs
             if step == 2:
                 raise FailureError("a host is gone; start another")
-            return super().reduce(step, *bundles)  # type: ignore[arg-type]
+            return super().reduce(step, exchange, *bundles)  # type: ignore[arg-type]
 
     with pytest.raises(FailureError, match=r"a host is gone|disk full"):
         train(store, job, group=workers_of(Faulty))

@@ -252,8 +252,30 @@ def test_who_is_lost_in_the_exchange_of_a_step_that_another_sits_out_changes_no_
     assert sum(what.startswith("lost") for what in told) == len(victims)
 
 
+class LateReduce(TimedGroup):
+    """In step 1 a worker is lost in the exchange, and what waited for its sums runs after it was done again without."""
+
+    stale: tuple[Any, ...] = ()
+
+    def call(self, worker: str, method: str, *args: Any, returns: int | None = None) -> Any:
+        if method == "reduce" and args[0] == 1 and worker == "s0r0" and not self.stale:
+            self.stale = tuple(map(opened, args))
+            self.ends = {"s0r1": self.clock.time}
+            return Later(None, self.clock.time)
+        if method == "squares" and self.stale and "s0r1" not in self._workers:
+            LocalGroup.call(self, "s0r0", "reduce", *self.stale)
+        return super().call(worker, method, *args, returns=returns)
+
+
+def test_sums_of_an_exchange_that_was_begun_in_vain_are_not_looked_at(honest: tuple[Ended, list[bytes]]) -> None:
+    group = LateReduce(lambda worker, step, nth: 0.0)
+    result, _, told = trained(group, replicas=2)
+    assert group.stale
+    assert told == ["lost s0r1: it was made to"]
+    assert result == honest
+
+
 def test_who_comes_back_is_given_units_again(honest: tuple[Ended, list[bytes]], tmp_path: Path) -> None:
-    store = memory_store()
     group = TimedGroup(once("s0r1", 60.0))
     _, store, told = trained(group, replicas=2, keys=str(tmp_path), steps=40)
     assert [what.split(":")[0] for what in told] == ["s0r1 sits out step 1", "joined s0r1"]
