@@ -84,7 +84,7 @@ class SlowActor(WorkerActor):
         return super().call(method, returns, *args)
 
 
-def test_stragglers_sit_out_and_one_is_back_within_the_step_to_do_what_the_other_holds_up(
+def test_a_straggler_sits_out_and_joins_again_within_the_step(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.work.GRACE", 0.5)
